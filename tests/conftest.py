@@ -1,0 +1,52 @@
+"""Every test starts from, and must leave behind, the same global state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import matplotlib
+import numpy as np
+import pyro
+import pyro.infer.util
+import pytest
+import torch
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def global_state() -> Iterator[None]:
+    """Empties the parameter store, seeds every generator, and fails a test that leaves a global switch turned."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(20)
+    switches = _switches()
+    yield
+    after = _switches()
+    pyro.clear_param_store()
+    torch.set_default_dtype(torch.float32)
+    pyro.enable_validation(__debug__)
+    assert after == switches, f"the test changed global state from {switches} to {after}"
+
+
+def _switches() -> dict[str, object]:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "distribution validation": torch.distributions.Distribution._validate_args,
+        "inference validation": pyro.infer.util.is_validation_enabled(),
+        "poutine validation": pyro.poutine.util.is_validation_enabled(),
+        "module hooks": len(torch.nn.modules.module._global_forward_pre_hooks),
+        "handlers": len(pyro.poutine.runtime._PYRO_STACK),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@pytest.fixture
+def rng_unchanged() -> Iterator[None]:
+    """Fails a test that moves torch's, NumPy's or Python's global random state."""
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    yield
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
