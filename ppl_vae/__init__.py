@@ -1,1 +1,123 @@
-"""placeholder"""
+"""Variational autoencoders as probabilistic programs, with a log p(x) that can be trusted.
+
+One idea: a pair is two Pyro programs, `model(x)` and `guide(x)`, and everything else works on any pair. The left side
+says what is believed, the right side does inference with whatever pair it is given, and neither imports the other:
+
+       programs (what is believed)                  inference (what is done with any pair)
+    0  networks  likelihoods  priors  posteriors    scoring  pareto
+    1  coin  vae  linear_gaussian                   evidence  parameters
+    2  autoencoder                                  training
+    3  storage
+
+       neither: isolation  data  files  plots  reporting
+       both: cli  and this file
+
+A room imports from rooms below it on its own side and from those of neither side.
+
+    import ppl_vae as pv
+
+    digits = pv.data.load("digits").static_binarization()
+    vae = pv.VAE((8, 8), latent_dim=10)
+    pv.fit(vae.model, vae.guide, digits.train)
+    pv.importance_sampling(vae.model, vae.guide, digits.test).summary()
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppl_vae import (
+        autoencoder,
+        cli,
+        coin,
+        data,
+        evidence,
+        files,
+        isolation,
+        likelihoods,
+        linear_gaussian,
+        networks,
+        parameters,
+        pareto,
+        plots,
+        posteriors,
+        priors,
+        reporting,
+        scoring,
+        storage,
+        training,
+        vae,
+    )
+    from ppl_vae.autoencoder import Autoencoder
+    from ppl_vae.evidence import Evidence, importance_sampling
+    from ppl_vae.likelihoods import bits_per_dim
+    from ppl_vae.linear_gaussian import LinearGaussian
+    from ppl_vae.scoring import log_weights
+    from ppl_vae.storage import load, save
+    from ppl_vae.training import History, fit
+    from ppl_vae.vae import VAE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VAE",
+    "Autoencoder",
+    "Evidence",
+    "History",
+    "LinearGaussian",
+    "autoencoder",
+    "bits_per_dim",
+    "cli",
+    "coin",
+    "data",
+    "evidence",
+    "files",
+    "fit",
+    "importance_sampling",
+    "isolation",
+    "likelihoods",
+    "linear_gaussian",
+    "load",
+    "log_weights",
+    "networks",
+    "parameters",
+    "pareto",
+    "plots",
+    "posteriors",
+    "priors",
+    "reporting",
+    "save",
+    "scoring",
+    "storage",
+    "training",
+    "vae",
+]
+
+_ROOM_OF = {
+    "VAE": "vae",
+    "Autoencoder": "autoencoder",
+    "Evidence": "evidence",
+    "History": "training",
+    "LinearGaussian": "linear_gaussian",
+    "bits_per_dim": "likelihoods",
+    "fit": "training",
+    "importance_sampling": "evidence",
+    "load": "storage",
+    "log_weights": "scoring",
+    "save": "storage",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Rooms are imported when first used, so that `ppl-vae --help` need not wait for torch."""
+    if name in _ROOM_OF:
+        return getattr(import_module(f"ppl_vae.{_ROOM_OF[name]}"), name)
+    if name in __all__:
+        return import_module(f"ppl_vae.{name}")
+    raise AttributeError(f"ppl_vae has no '{name}'; it has {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,29 @@
+"""Per-datum log weights log p(x, z) − log q(z given x) of any Pyro pair: the one primitive under every estimator.
+
+A pair is two Pyro programs, `model(x, ...)` and `guide(x, ...)`, in whatever form: modules, bound methods or plain
+functions. `Pair` runs them once on a few data, refuses in a sentence what has no log weight per datum, and finds out
+how many samples can be scored in one run. After that its methods are tensor operations under Pyro's handlers: no
+inspection and no Python that depends on values, so that they can be recorded into one graph.
+
+Shapes: samples first, data second. A latent in canonical form is `(num_samples, *plates, *event)`, `plates` having one
+dimension for each of the pair's `nesting` levels of plates.
+"""
+
+from ppl_vae.scoring.data import check_data, rows
+from ppl_vae.scoring.inspection import data_plate
+from ppl_vae.scoring.pair import Pair, log_weights
+from ppl_vae.scoring.running import Program, Values, loop, particles, scored_sites, tiles
+
+__all__ = [
+    "Pair",
+    "Program",
+    "Values",
+    "check_data",
+    "data_plate",
+    "log_weights",
+    "loop",
+    "particles",
+    "rows",
+    "scored_sites",
+    "tiles",
+]

@@ -1,0 +1,50 @@
+"""Arguments of a pair: which of them have one row per datum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_data(*args: Any) -> int:
+    """The number of data, after checking that there are some and that the first tensor is finite.
+
+    Raises:
+        TypeError: when the first argument is not a tensor.
+        ValueError: for no data, or for NaN or infinite values.
+
+    Example:
+        >>> check_data(torch.zeros(5, 2))
+        5
+    """
+    if not args or not isinstance(args[0], Tensor):
+        got = type(args[0]).__name__ if args else "nothing"
+        raise TypeError(f"The data must be a tensor with one row per datum; got {got}.")
+    x = args[0]
+    if x.numel() == 0 or x.dim() == 0:
+        raise ValueError(f"There are no data: expected one row per datum; got a tensor of shape {tuple(x.shape)}.")
+    finite = torch.isfinite(x).reshape(len(x), -1).all(1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"The data must be finite; {int((~finite).sum())} of {len(x)} data hold NaN or infinite values, datum "
+            f"{first} the first. Fill missing values first: NaN spreads to every weight it meets."
+        )
+    return len(x)
+
+
+def rows(args: tuple[Any, ...], index: slice | Tensor) -> tuple[Any, ...]:
+    """The data `index` of every argument that has one row per datum; other arguments as they are.
+
+    Example:
+        >>> rows((torch.arange(3.0), torch.ones(3, 2), 0.5), slice(1))
+        (tensor([0.]), tensor([[1., 1.]]), 0.5)
+    """
+    return tuple(a[index] if is_per_datum(a, args) else a for a in args)
+
+
+def is_per_datum(argument: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an argument has as many rows as the first."""
+    return isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == len(args[0])

@@ -1,0 +1,109 @@
+"""What has no log weight per datum, and why, in sentences that name the site."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import pyro.distributions as dist
+
+from ppl_vae.scoring.running import Sites
+
+
+def matching_latents(model: Sites, guide: Sites) -> list[str]:
+    """Names of the latents, after checking that the guide has a density for each of them and for nothing else."""
+    latents = [name for name, site in model.items() if not site["is_observed"]]
+    drawn = [name for name, site in guide.items() if not site["is_observed"]]
+    for name in latents:
+        if name not in drawn:
+            raise ValueError(
+                f"The model draws '{name}', which the guide does not: the guide's sites are {drawn}. Give both the "
+                "same names, and the guide a site for each latent of the model."
+            )
+        if is_delta(guide[name]) and f"{name}_unconstrained" not in drawn:
+            raise ValueError(
+                f"The guide puts all of '{name}' at one point (a Delta), which has no density log q(z given x), so "
+                "there are no importance weights and no log p(x): this is an autoencoder or a MAP estimate. Use a "
+                "guide with a density, such as a VAE's."
+            )
+    for name in drawn:
+        transformed = name.removesuffix("_unconstrained")
+        of_autoguide = transformed != name and transformed in latents and is_delta(guide[transformed])
+        if name not in latents and not of_autoguide:
+            raise ValueError(
+                f"The guide draws '{name}', which the model does not: the model's latents are {latents}. Give both "
+                "the same names; a latent of the guide alone would have to be integrated out of log q(z given x)."
+            )
+    return latents
+
+
+def data_plate(sites: Sites, num_data: int) -> Any:
+    """The frame of the plate over the data, as long as the data and around most sites; None without one."""
+    stacks = [site["cond_indep_stack"] for site in sites.values()]
+    candidates = [f for stack in stacks for f in stack if f.vectorized and f.size == num_data]
+    return max(candidates, key=lambda f: (sum(f in s for s in stacks), f.name == "data"), default=None)
+
+
+def required_data_plate(model: Sites, num_data: int) -> tuple[str, int]:
+    """Name and dimension of the plate over the data."""
+    data = data_plate(model, num_data)
+    if data is None:
+        stacks = [site["cond_indep_stack"] for site in model.values()]
+        plates = sorted({f"{f.name} ({f.size})" for stack in stacks for f in stack}) or ["none"]
+        raise ValueError(
+            f"No plate of the model is over the {num_data} data, so nothing says which log-probabilities belong to "
+            f"which datum (sites: {list(model)}; plates: {', '.join(plates)}). Put every site in "
+            '`with pyro.plate("data", len(x)):`.'
+        )
+    return data.name, data.dim
+
+
+def check_site(who: str, site: Any, plate: str, dim: int, num_data: int) -> None:
+    frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+    for frame in frames.values():
+        if not frame.vectorized:
+            raise ValueError(
+                f"{who} is in the sequential plate '{frame.name}' (`for i in plate`). Use it vectorised: "
+                f'`with pyro.plate("{frame.name}", ...):`.'
+            )
+    if plate not in frames:
+        raise ValueError(
+            f"{who} is outside the plate '{plate}' over the data (its plates: {list(frames) or 'none'}). What all "
+            "data share has no weight per datum, and log p(x) of one datum is not defined: move the site into the "
+            "plate, or make it a parameter."
+        )
+    if frames[plate].size != num_data or frames[plate].dim != dim:
+        raise ValueError(
+            f"{who} has the plate '{plate}' of size {frames[plate].size} at dimension {frames[plate].dim}, where "
+            f"the {num_data} data lie at dimension {dim}. Both programs take the batch whole: "
+            f'`pyro.plate("{plate}", len(x))`, or with subsampling `pyro.plate("{plate}", N, subsample_size=len(x))`.'
+        )
+    for frame in frames.values():
+        if frame.name != plate and frame.full_size not in (None, frame.size):
+            raise ValueError(
+                f"{who} is in the plate '{frame.name}', of whose {frame.full_size} elements only {frame.size} are "
+                "drawn. A part of a datum gives no unbiased p(x): use the whole plate."
+            )
+    scale = prod((frame.full_size or frame.size) / frame.size for frame in frames.values())
+    if abs(float(site["scale"]) / scale - 1) > 1e-6:
+        raise ValueError(
+            f"{who} is scaled by {float(site['scale']) / scale:.4g} (`poutine.scale`), so that its density does not "
+            "integrate to 1 and no log p(x) comes of it. Score the model without the scale; a weight on the KL "
+            "belongs to the objective."
+        )
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    declared = {frame.dim for frame in frames.values()}
+    for axis in range(-log_prob.dim(), 0):
+        if log_prob.shape[axis] > 1 and axis not in declared:
+            raise ValueError(
+                f"{who} has log-probabilities of shape {tuple(log_prob.shape)}, whose dimension {axis} no plate "
+                "declares. If it belongs to one datum, add .to_event(1) to the distribution; if its elements are "
+                "independent, put the site in a plate over them."
+            )
+
+
+def is_delta(site: Any) -> bool:
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)

@@ -1,0 +1,85 @@
+"""Running one program of a pair for many samples: in a plate of particles, on tiled data, or in a loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ppl_vae.scoring.data import is_per_datum
+
+if TYPE_CHECKING:
+    from ppl_vae.scoring.pair import Pair
+
+Program = Callable[..., Any]
+Values = dict[str, Tensor]
+Sites = dict[str, Any]
+
+
+def particles(
+    pair: Pair, program: Program, args: tuple[Any, ...], values: Values, num_samples: int
+) -> tuple[Values, Tensor]:
+    """One run in a plate of samples to the left of all others; for programs that take leading dimensions."""
+    with pyro.plate("particles", num_samples, dim=-pair.nesting - 1):
+        trace = run(program, args, values)
+    return values_of(trace), pair.per_datum(log_probs(trace), args).expand(num_samples, -1)
+
+
+def tiles(
+    pair: Pair, program: Program, args: tuple[Any, ...], values: Values, num_samples: int
+) -> tuple[Values, Tensor]:
+    """One run on the data repeated for each sample; for programs whose plate is as long as the data."""
+
+    def fold(name: str, value: Tensor) -> Tensor:
+        axis = pair.ranks[name] + pair.dim
+        return pair.natural(name, value).movedim(0, axis).flatten(axis, axis + 1)
+
+    def unfold(name: str, value: Tensor) -> Tensor:
+        axis = pair.ranks[name] + pair.dim
+        return pair.canonical(name, value.unflatten(axis, (num_samples, -1)).movedim(axis, 0))
+
+    tiled = tuple(torch.cat([a] * num_samples) if is_per_datum(a, args) else a for a in args)
+    trace = run(program, tiled, {name: fold(name, value) for name, value in values.items()})
+    log_prob = pair.per_datum(log_probs(trace), tiled).reshape(num_samples, -1)
+    return {name: unfold(name, v) for name, v in values_of(trace).items() if name in pair.ranks}, log_prob
+
+
+def loop(
+    pair: Pair, program: Program, args: tuple[Any, ...], values: Values, num_samples: int
+) -> tuple[Values, Tensor]:
+    """One run for each sample: always right, and slow."""
+    natural = {name: pair.natural(name, value) for name, value in values.items()}
+    traces = [run(program, args, {n: v[k] for n, v in natural.items()}) for k in range(num_samples)]
+    names = [name for name in values_of(traces[0]) if name in pair.ranks]
+    drawn = {n: pair.canonical(n, torch.stack([values_of(t)[n] for t in traces])) for n in names}
+    return drawn, torch.cat([pair.per_datum(log_probs(t), args) for t in traces])
+
+
+def run(program: Program, args: tuple[Any, ...], values: Values) -> poutine.Trace:
+    return poutine.trace(poutine.condition(program, data=values)).get_trace(*args)
+
+
+def scored_sites(trace: poutine.Trace) -> Sites:
+    """The sites that carry a log-probability."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site) and not (site["infer"] or {}).get("_deterministic")
+    }
+
+
+def values_of(trace: poutine.Trace) -> Values:
+    return {name: site["value"] for name, site in scored_sites(trace).items()}
+
+
+def log_probs(trace: poutine.Trace) -> Iterable[Tensor]:
+    """Each site's log-probability, masked but *not* scaled: a scale inside the logarithm of a mean is no bound."""
+    for site in scored_sites(trace).values():
+        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        yield scale_and_mask(log_prob, mask=site["mask"])

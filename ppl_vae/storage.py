@@ -1,0 +1,110 @@
+"""Programs on disk: one safetensors file that holds the weights, how the program was built, and a checksum."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppl_vae import files
+from ppl_vae.autoencoder import Autoencoder
+from ppl_vae.coin import BetaBernoulli
+from ppl_vae.likelihoods import Bernoulli, Gaussian
+from ppl_vae.linear_gaussian import LinearGaussian
+from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder
+from ppl_vae.posteriors import DiagonalNormal, Point
+from ppl_vae.priors import Flat, StandardNormal
+from ppl_vae.vae import VAE
+
+# What a file may name. Nothing else is ever imported or called on the word of a file.
+PROGRAMS = (VAE, Autoencoder, LinearGaussian, BetaBernoulli)
+PARTS = (Bernoulli, Gaussian, StandardNormal, Flat, DiagonalNormal, Point, MLP, ConvEncoder, ConvDecoder)
+LAYERS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Linear, nn.Dropout)
+KNOWN: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (*PROGRAMS, *PARTS, *LAYERS)}
+
+
+def save(program: nn.Module, path: str | Path) -> None:
+    """Writes a program's weights and how it was built to one file, atomically.
+
+    Args:
+        program: a `VAE` or another program of this package; a module of your own is saved too, and is then loaded
+            with `load(path, into=...)`.
+        path: of the file; missing folders are made.
+
+    Example:
+        >>> import tempfile
+        >>> vae = VAE((8, 8), latent_dim=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(vae, f"{folder}/vae.safetensors")
+        ...     again = load(f"{folder}/vae.safetensors")
+        >>> x = vae.sample(3)
+        >>> torch.equal(vae.encode(x).mean, again.encode(x).mean)
+        True
+    """
+    files.write_tensors(path, program.state_dict(), {"program": json.dumps(_described(program))})
+
+
+def load(path: str | Path, *, into: nn.Module | None = None) -> Any:
+    """Reads what `save` wrote, after verifying its checksum.
+
+    Args:
+        path: of the file.
+        into: a program built as the saved one was, to receive the weights. Needed only where it holds a module that
+            is not of this package.
+
+    Returns:
+        The program, or `into`.
+
+    Raises:
+        FileNotFoundError: without such a file.
+        ValueError: when the file is corrupt, was not written by `save`, names a class it may not name, or does not
+            fit `into`.
+    """
+    tensors, metadata = files.read_tensors(path)
+    if "program" not in metadata:
+        raise ValueError(f"{path} holds tensors but no program: it was not written by ppl_vae.save.")
+    program = _built(json.loads(metadata["program"]), path) if into is None else into
+    try:
+        program.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"The weights in {path} do not fit {type(program).__name__}: {error}") from error
+    return program
+
+
+def _described(value: Any) -> Any:
+    """A constructor's argument as JSON: every class keeps its arguments as attributes of the same name."""
+    if isinstance(value, nn.Sequential):
+        return {"class": "Sequential", "modules": [_described(module) for module in value]}
+    if isinstance(value, nn.Module):
+        name = type(value).__name__
+        if KNOWN.get(name) is not type(value):
+            return {"class": f"{type(value).__module__}.{type(value).__qualname__}"}
+        names = [name for name in inspect.signature(type(value)).parameters if hasattr(value, name)]
+        return {"class": name, "arguments": {name: _described(getattr(value, name)) for name in names}}
+    if isinstance(value, Tensor):
+        if isinstance(value, nn.Parameter):
+            return True  # nn.Linear(bias=True) keeps the bias itself under that name
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _built(described: Any, path: str | Path) -> Any:
+    """The inverse of `_described`; tensors are ones until the weights are loaded."""
+    if isinstance(described, list):
+        return tuple(described)
+    if not isinstance(described, dict):
+        return described
+    if "tensor" in described:
+        return torch.ones(described["tensor"], dtype=getattr(torch, described["dtype"]))
+    if described.get("class") == "Sequential":
+        return nn.Sequential(*(_built(module, path) for module in described["modules"]))
+    if described.get("class") not in KNOWN or "arguments" not in described:
+        raise ValueError(
+            f"{path} holds a {described.get('class')}, which is not a class of this package. Build the program as it "
+            "was built when saved, and load the weights into it: load(path, into=program)."
+        )
+    return KNOWN[described["class"]](**{name: _built(value, path) for name, value in described["arguments"].items()})
