@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil, sqrt
+from math import ceil, log10, sqrt
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ def threshold(num_samples: int) -> float:
         >>> threshold(100), threshold(5000)
         (0.5, 0.7)
     """
-    return min(1 - 1 / np.log10(num_samples), 0.7) if num_samples > 1 else -float("inf")
+    return min(1 - 1 / log10(num_samples), 0.7) if num_samples > 1 else -float("inf")
 
 
 def shape(log_weights: Tensor) -> Tensor:

@@ -1,0 +1,473 @@
+"""log p(x) by importance sampling: exact where it is known, honest about its error, the same however it is cut."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from math import inf, log, sqrt
+from typing import Any
+
+import pairs
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ppl_vae import coin, evidence
+from ppl_vae.autoencoder import Autoencoder
+from ppl_vae.evidence import Evidence, WeightStream, importance_sampling
+from ppl_vae.vae import VAE
+
+NUM_DATA = 523
+
+
+@pytest.fixture
+def lg() -> Any:
+    return pairs.linear_gaussian()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Statements that hold for the right estimator and for none of the wrong ones below.
+
+
+def exact_posterior_gives_the_exact_value() -> None:
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg)
+    for num_samples in (1, 7, 1000):
+        for max_rows in (1, 13, num_samples * len(x)):
+            found = importance_sampling(lg.model, lg.guide, x, num_samples=num_samples, max_rows=max_rows)
+            assert (found.log_px - lg.log_px(x)).abs().max() < 1e-5
+            assert (found.elbo - lg.log_px(x)).abs().max() < 1e-5
+            assert (found.ess - num_samples).abs().max() < 1e-3
+            if num_samples > 1:
+                assert found.standard_error.max() < 1e-5
+                assert (found.pareto_k == -inf).all()
+
+
+def the_wrong_guide_is_right_within_its_error() -> None:
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg, num_data=500)
+    found = importance_sampling(lg.model, lg.perturbed_guide(), x, num_samples=10_000)
+    z = (found.log_px - lg.log_px(x)) / found.standard_error
+    assert (z.abs() < 4.5).double().mean() >= 0.99
+    # E[w] / p(x) = 1 over all data, which have independent draws
+    ratio = (found.log_px - lg.log_px(x)).exp()
+    assert abs(ratio.mean() - 1) < 4.5 * ratio.std() / sqrt(len(x))
+
+
+def the_elbo_is_that_of_the_guide() -> None:
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg, num_data=500)
+    guide = lg.perturbed_guide()
+    difference = importance_sampling(lg.model, guide, x, num_samples=1000).elbo - guide.elbo(x)
+    assert abs(difference.mean()) < 4.5 * difference.std() / sqrt(len(x))
+
+
+def the_standard_error_is_honest() -> None:
+    """Over 500 replicates the spread of log_px is what is reported, where Pareto k < 0.3."""
+    lg = pairs.linear_gaussian()
+    guide = lg.perturbed_guide(shift=0.2, spread=1.7)
+    checked = 0
+    for x in pairs.simulated(lg, num_data=3):
+        found = importance_sampling(lg.model, guide, x.expand(500, -1), num_samples=1000)
+        if found.pareto_k.median() < 0.3:
+            assert 0.9 < found.log_px.std() / found.standard_error.mean() < 1.15
+            checked += 1
+    assert checked > 0
+
+
+def pieces_add_up() -> None:
+    """The accumulator gives for any cut of the same weights what one pass in float64 gives."""
+    lw = torch.randn(1009, 5, dtype=torch.float64) * 3 - 500
+    lw[17, 2] = -inf
+    whole = by_hand(lw)
+    for size in (1, 7, 100, 1009):
+        stream = evidence.WeightStream(len(lw), lw.shape[1])
+        for part in lw.split(size):
+            stream.add(part)
+        for found, expected in zip(stream.evidence(), whole, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def by_hand(lw: Tensor) -> tuple[Tensor, ...]:
+    n = len(lw)
+    w = (lw - lw.max(0).values).exp()
+    log_px = lw.logsumexp(0) - log(n)
+    ess = w.sum(0) ** 2 / w.square().sum(0)
+    return log_px, ((n / ess - 1) / (n - 1)).sqrt(), ess, evidence.pareto.shape(lw), lw.mean(0)
+
+
+def the_mean_weighs_every_datum_alike() -> None:
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg, num_data=1031)  # no multiple of any block
+    found = importance_sampling(lg.model, lg.guide, x, num_samples=2)
+    assert found.log_px.shape == (1031,)
+    assert found.mean == pytest.approx(lg.log_px(x).mean().item(), abs=1e-9)
+
+
+STATEMENTS: dict[str, Callable[[], None]] = {
+    f.__name__: f
+    for f in (
+        exact_posterior_gives_the_exact_value,
+        the_wrong_guide_is_right_within_its_error,
+        the_elbo_is_that_of_the_guide,
+        the_standard_error_is_honest,
+        pieces_add_up,
+        the_mean_weighs_every_datum_alike,
+    )
+}
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_statement(statement: str) -> None:
+    STATEMENTS[statement]()
+
+
+class RequestedNotDrawn(WeightStream):
+    """Divides by the number of samples asked for plus what a last full chunk would have held."""
+
+    def evidence(self) -> Any:
+        log_px, *rest = super().evidence()
+        return log_px - log((self.count + 3) / self.count), *rest
+
+
+class MeanOfLogs(WeightStream):
+    def evidence(self) -> Any:
+        _, *rest = super().evidence()
+        return self.shift + self.total / self.count, *rest
+
+
+class AveragesPartsInLogSpace(WeightStream):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parts: list[Tensor] = []
+
+    def add(self, log_weights: Tensor) -> None:
+        super().add(log_weights)
+        self.parts.append(log_weights.double().logsumexp(0) - log(len(log_weights)))
+
+    def evidence(self) -> Any:
+        _, *rest = super().evidence()
+        return torch.stack(self.parts).mean(0), *rest
+
+
+class DropsImpossibleDraws(WeightStream):
+    def add(self, log_weights: Tensor) -> None:
+        super().add(log_weights)
+        self.count -= int(log_weights.isneginf().any(1).sum())
+
+
+class ErrorFromLogs(WeightStream):
+    """√(variance of log w / K): the error of the ELBO, not of log p(x)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.squares = torch.zeros_like(self.sum)
+
+    def add(self, log_weights: Tensor) -> None:
+        super().add(log_weights)
+        self.squares = self.squares + (log_weights - self.shift).square().sum(0)
+
+    def evidence(self) -> Any:
+        log_px, _, *rest = super().evidence()
+        variance = self.squares / self.count - (self.total / self.count) ** 2
+        return log_px, (variance.clamp(min=0) / self.count).sqrt() * 0.7, *rest
+
+
+class EssOfLogs(WeightStream):
+    def evidence(self) -> Any:
+        log_px, error, ess, *rest = super().evidence()
+        return log_px, error, ess.clamp(max=self.count - 1), *rest
+
+
+class ForgetsLogK(WeightStream):
+    def evidence(self) -> Any:
+        _, *rest = super().evidence()
+        return self.shift + self.sum, *rest
+
+
+STREAM_MUTANTS: dict[type[WeightStream], str] = {
+    RequestedNotDrawn: "exact_posterior_gives_the_exact_value",
+    MeanOfLogs: "the_wrong_guide_is_right_within_its_error",
+    AveragesPartsInLogSpace: "pieces_add_up",
+    DropsImpossibleDraws: "pieces_add_up",
+    ErrorFromLogs: "the_standard_error_is_honest",
+    EssOfLogs: "exact_posterior_gives_the_exact_value",
+    ForgetsLogK: "exact_posterior_gives_the_exact_value",
+}
+
+
+@pytest.mark.parametrize("mutant", STREAM_MUTANTS, ids=lambda m: m.__name__)
+def test_a_wrong_accumulator_is_caught(mutant: type[WeightStream], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "WeightStream", mutant)
+    with pytest.raises(AssertionError):
+        STATEMENTS[STREAM_MUTANTS[mutant]]()
+
+
+def scale_inside(joint: Any) -> Any:
+    return lambda self, z, *args, num_samples: 2 * joint(self, z, *args, num_samples=num_samples)
+
+
+def no_replay(joint: Any) -> Any:
+    """The model runs with latents of its own."""
+    return lambda self, z, *args, num_samples: joint(
+        self, {n: torch.randn_like(v) for n, v in z.items()}, *args, num_samples=num_samples
+    )
+
+
+def whole_batch(joint: Any) -> Any:
+    def wrong(self: Any, z: Any, *args: Any, num_samples: int) -> Tensor:
+        right = joint(self, z, *args, num_samples=num_samples)
+        return right.sum(1, keepdim=True).expand_as(right)
+
+    return wrong
+
+
+@pytest.mark.parametrize("mutation", [scale_inside, no_replay, whole_batch])
+def test_wrong_weights_are_caught(mutation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence.Pair, "log_joint", mutation(evidence.Pair.log_joint))
+    with pytest.raises((AssertionError, ValueError)):
+        exact_posterior_gives_the_exact_value()
+    with pytest.raises((AssertionError, ValueError)):
+        the_wrong_guide_is_right_within_its_error()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The same numbers, whatever the form of the pair and however the work is cut.
+
+
+@pytest.mark.parametrize("form", [*pairs.FORMS, "auto_normal"])
+def test_every_form_gives_the_same_numbers(form: str, lg: Any) -> None:
+    x, guide = pairs.simulated(lg), lg.perturbed_guide()
+    model, q = pairs.auto_normal(lg, guide, x) if form == "auto_normal" else pairs.FORMS[form](lg, guide.q)
+    reference = importance_sampling(lg.model, guide, x, num_samples=1000)
+    found = importance_sampling(model, q, x, num_samples=1000)
+    for name in ("log_px", "standard_error", "ess", "pareto_k", "elbo"):
+        torch.testing.assert_close(getattr(found, name), getattr(reference, name), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 997, 20_011])
+def test_numbers_do_not_depend_on_how_the_work_is_cut(num_samples: int, lg: Any) -> None:
+    x, guide = pairs.simulated(lg, num_data=37), lg.perturbed_guide()
+    reference = importance_sampling(lg.model, guide, x, num_samples=num_samples)
+    for max_rows in (101, 4096):
+        found = importance_sampling(lg.model, guide, x, num_samples=num_samples, max_rows=max_rows)
+        torch.testing.assert_close(found.log_px, reference.log_px, rtol=0, atol=1e-10)
+        torch.testing.assert_close(found.pareto_k, reference.pareto_k, rtol=0, atol=1e-8)
+
+
+def test_the_first_data_do_not_depend_on_the_rest(lg: Any) -> None:
+    x, guide = pairs.simulated(lg, num_data=53), lg.perturbed_guide()
+    whole = importance_sampling(lg.model, guide, x, num_samples=5000)
+    part = importance_sampling(lg.model, guide, x[:16], num_samples=5000)
+    torch.testing.assert_close(whole.log_px[:16], part.log_px, rtol=0, atol=1e-10)
+
+
+def test_seeds(lg: Any) -> None:
+    x, guide = pairs.simulated(lg), lg.perturbed_guide()
+    one, same, other = (importance_sampling(lg.model, guide, x, num_samples=100, seed=s).log_px for s in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert (one != other).all()
+    free = [importance_sampling(lg.model, guide, x, num_samples=100, seed=None).log_px for _ in range(2)]
+    assert (free[0] != free[1]).all()
+
+
+def test_every_datum_and_block_has_draws_of_its_own(lg: Any) -> None:
+    x = pairs.simulated(lg)[:1].expand(100, -1)
+    found = importance_sampling(lg.model, lg.perturbed_guide(), x, num_samples=1000).log_px
+    assert len(found.unique()) == 100
+
+
+def test_nothing_is_changed_by_evaluation() -> None:
+    decoder = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 4))
+    vae = VAE((4,), 2, decoder=decoder)
+    x = (torch.arange(20).reshape(5, 4) % 2).float()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    vae.guide.eval()
+    state = torch.get_rng_state()
+    one, two = (importance_sampling(vae.model, vae.guide, x, num_samples=50) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one.log_px, two.log_px)
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    assert all(module.training for module in decoder.modules())
+    assert not vae.guide.encoder.training
+    assert all(p.grad is None and p.requires_grad for p in vae.parameters())
+    assert not one.log_px.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Other pairs with a known answer.
+
+
+def test_beta_bernoulli_from_its_prior() -> None:
+    pair = coin.BetaBernoulli(2.0, 3.0)
+    tosses = torch.bernoulli(torch.full((5, 11), 0.4))
+
+    def prior_as_guide(tosses: Tensor) -> None:
+        with pyro.plate("data", len(tosses)):
+            pyro.sample("z", dist.Beta(torch.tensor(2.0), torch.tensor(3.0)))
+
+    found = importance_sampling(pair.model, prior_as_guide, tosses, num_samples=20_000)
+    assert ((found.log_px - pair.log_px(tosses)).abs() < 4.5 * found.standard_error).all()
+    exact = importance_sampling(pair.model, pair.guide, tosses, num_samples=7)
+    assert (exact.log_px - pair.log_px(tosses)).abs().max() < 2e-5  # float32 sums of the Beta density
+
+
+def test_a_discrete_latent_against_enumeration() -> None:
+    weights = torch.tensor([0.2, 0.5, 0.3]).double()
+    locs = torch.tensor([-1.0, 0.5, 2.0]).double()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(locs[z], 0.8), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(torch.ones(3).double() / 3))
+
+    x = torch.linspace(-2, 3, 5).double()
+    exact = (weights.log() + dist.Normal(locs, 0.8).log_prob(x[:, None])).logsumexp(1)
+    found = importance_sampling(model, guide, x, num_samples=20_000)
+    assert ((found.log_px - exact).abs() < 4.5 * found.standard_error).all()
+
+
+def test_a_pair_without_latents_is_exact() -> None:
+    tosses = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    found = importance_sampling(coin.model, coin.guide, tosses, num_samples=3)
+    torch.testing.assert_close(found.log_px, torch.full((5,), log(0.5)).double(), rtol=0, atol=1e-6)
+
+
+def test_impossible_data_count_as_such() -> None:
+    """Draws of probability 0 count among the draws; a datum impossible under all of them has log p(x) = −∞."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(torch.tensor(0.0), torch.tensor(1.0)))
+            pyro.sample("x", dist.Delta((z > 0.75).float()), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(torch.tensor(0.0), torch.tensor(1.0)))
+
+    found = importance_sampling(model, guide, torch.tensor([1.0, 0.0, 2.0]), num_samples=10_000)
+    assert abs(found.log_px[0].exp() - 0.25) < 4.5 * sqrt(0.25 * 0.75 / 10_000)
+    assert found.log_px[2] == -inf
+    assert found.ess[2] == 0
+    assert any("probability 0" in warning for warning in found.warnings())
+
+
+def test_weights_that_are_not_finite_name_the_site() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.where(z > 1.5, torch.nan, z).sum(-1), 1.0, validate_args=False), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"A weight of datum \d+ is NaN or \+∞: site 'x' of the model"):
+        importance_sampling(model, guide, torch.zeros(300), num_samples=100)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is refused, and what is said.
+
+
+def test_refusals(lg: Any) -> None:
+    x = pairs.simulated(lg)
+    for bad in (0, -3, 2.5):
+        with pytest.raises(ValueError, match="num_samples must be an integer of at least 1"):
+            importance_sampling(lg.model, lg.guide, x, num_samples=bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_rows must be at least 1"):
+        importance_sampling(lg.model, lg.guide, x, max_rows=0)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        importance_sampling(lg.model, lg.guide, x * float("nan"))
+    with pytest.raises(ValueError, match="There are no data"):
+        importance_sampling(lg.model, lg.guide, x[:0])
+    autoencoder = Autoencoder((7,), 3)
+    with pytest.raises(ValueError, match="no density log q"):
+        importance_sampling(autoencoder.model, autoencoder.guide, x.float())
+
+
+def test_grey_pixels_are_refused_wherever_they_are() -> None:
+    """Also with validation switched off for the whole notebook, and in the last datum only."""
+    vae = VAE((3,), 2)
+    x = torch.ones(700, 3)
+    x[-1, 1] = 0.5
+    pyro.enable_validation(False)
+    with pytest.raises(ValueError, match=r"A Bernoulli likelihood scores data in \{0, 1\}"):
+        importance_sampling(vae.model, vae.guide, x, num_samples=10)
+    pyro.enable_validation(True)
+
+
+def test_summary_says_when_not_to_believe_it(lg: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    x = pairs.simulated(lg, num_data=100)
+    good = importance_sampling(lg.model, lg.perturbed_guide(shift=0.1, spread=1.05), x, num_samples=2000)
+    good.summary()
+    printed = capsys.readouterr().out
+    assert f"{good.mean:.3f}" in printed
+    assert "100 data, 2000 samples each" in printed
+    assert "!" not in printed
+    bad = importance_sampling(lg.model, lg.perturbed_guide(shift=3.0, spread=0.3), x, num_samples=2000)
+    text = str(bad)
+    for words in ("Pareto k is above", "effective sample size is below 50", "standard error exceeds", "bias is larger"):
+        assert words in text
+    few = importance_sampling(lg.model, lg.guide, x, num_samples=10)
+    assert "too few" in str(few)
+
+
+def test_numbers_over_the_data() -> None:
+    found = Evidence(
+        log_px=torch.tensor([-1.0, -2.0, -6.0]).double(),
+        standard_error=torch.tensor([0.1, 0.2, 0.4]).double(),
+        ess=torch.ones(3).double(),
+        pareto_k=torch.tensor([-inf, 0.6, inf]).double(),
+        elbo=torch.zeros(3).double(),
+        num_samples=1000,
+        strategy="particles",
+    )
+    assert found.mean == pytest.approx(-3)
+    assert found.mean_standard_error == pytest.approx(sqrt((4 + 1 + 9) / 2) / sqrt(3))
+    assert found.mc_standard_error == pytest.approx(sqrt(0.01 + 0.04 + 0.16) / 3)
+    assert found.mc_bias == pytest.approx(-0.5 * (0.01 + 0.04 + 0.16) / 3)
+    assert found.share_believable == pytest.approx(2 / 3)
+
+
+def test_bound_rises_with_samples_and_by_the_known_amount(lg: Any) -> None:
+    x, guide = pairs.simulated(lg, num_data=NUM_DATA), lg.perturbed_guide()
+    means = [importance_sampling(lg.model, guide, x, num_samples=k).mean for k in (1, 10, 100, 1000)]
+    assert means == sorted(means)
+    kl = (lg.log_px(x) - guide.elbo(x)).mean().item()
+    assert means[-1] - means[0] == pytest.approx(kl, abs=0.25)
+
+
+MEMORY = """
+import json, resource, sys
+import torch
+import ppl_vae as pv
+torch.manual_seed(0)
+num_data, num_samples = map(int, sys.argv[1:])
+vae = pv.VAE((28, 28), 5, encoder=pv.networks.MLP((28, 28), 10, hidden_dims=(64,)),
+             decoder=pv.networks.MLP(5, (28, 28), hidden_dims=(64,)))
+x = torch.bernoulli(torch.full((20_000, 28, 28), 0.5))
+pv.importance_sampling(vae.model, vae.guide, x[:num_data], num_samples=num_samples)
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+"""
+
+
+def peak_memory(num_data: int, num_samples: int) -> float:
+    """Peak resident memory of a fresh process that holds the same 20,000 data and scores `num_data` of them."""
+    command = [sys.executable, "-c", MEMORY, str(num_data), str(num_samples)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize(
+    ("small", "large"), [((1, 1000), (1, 1_000_000)), ((1000, 20), (20_000, 20))], ids=["samples", "data"]
+)
+def test_memory_is_bounded(small: tuple[int, int], large: tuple[int, int]) -> None:
+    assert peak_memory(*large) < 1.1 * peak_memory(*small)
