@@ -52,10 +52,12 @@ def _gather(model: Program, guide: Program, param_sites: dict[str, Tensor]) -> P
         if isinstance(owner, nn.Module):
             for name, parameter in owner.named_parameters():
                 found.setdefault(id(parameter), (f"{label}.{name}", parameter))
+    owned = {name for name, _ in found.values()}
     for name, value in param_sites.items():
-        # The store trains the unconstrained leaf under a constrained parameter.
-        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-        found.setdefault(id(leaf), (name.replace("$$$", "."), leaf))
+        if owned.isdisjoint({f"model.{name}", f"guide.{name}"}):  # else the store's own, of an earlier PyroModule
+            # The store trains the unconstrained leaf under a constrained parameter.
+            leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+            found.setdefault(id(leaf), (name.replace("$$$", "."), leaf))
     parameters = {name: p for name, p in found.values() if p.requires_grad}
     if not parameters:
         raise RuntimeError(

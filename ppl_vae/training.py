@@ -13,7 +13,14 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    Trace_ELBO,
+)
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -23,6 +30,7 @@ from ppl_vae import isolation, parameters, scoring
 from ppl_vae.scoring import Program
 
 Batch = tuple[Any, ...]
+RECORDED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 
 
 @dataclass
@@ -167,8 +175,15 @@ class _Trained:
         # With plate(N, subsample_size=B) the loss of a batch is an estimate for all N data.
         subsampled = frame is not None and frame.full_size not in (None, frame.size)
         self.num_data = frame.full_size if subsampled else None
+        self.recorded_size = len(batch[0]) if isinstance(objective, RECORDED) else None
 
     def per_datum(self, loss: Any, batch: Batch) -> Any:
+        if self.recorded_size not in (None, len(batch[0])):
+            raise ValueError(
+                f"{type(self.objective).__name__} records the program for the first batch, of {self.recorded_size} data, "
+                f"and gives a wrong loss for a batch of {len(batch[0])}. Take a batch_size that divides the number of "
+                "data, or another objective."
+            )
         return loss / (self.num_data or len(batch[0]))
 
     def step(self, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None, where: str) -> float:
@@ -280,7 +295,9 @@ class _Batches:
         if isinstance(self.source, DataLoader):
             yield from map(_as_tuple, self.source)
             return
-        for index in order(self.num_data).split(self.size):
+        # All the data in one batch keep their order: an autoguide has a parameter for each datum, in that order.
+        indices = order(self.num_data) if self.num_data > self.size else torch.arange(self.num_data)
+        for index in indices.split(self.size):
             if isinstance(self.source, TensorDataset):
                 yield _as_tuple(self.source[index])
             elif self.source is not None:

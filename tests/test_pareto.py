@@ -25,7 +25,8 @@ def arviz_k(log_weights: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("num_samples", [25, 100, 1009, 10_007])
+# ArviZ 0.23 rounds the length of the tail up, 1.x down: sizes at which both have the same tail.
+@pytest.mark.parametrize("num_samples", [50, 100, 1024, 10_000])
 @pytest.mark.parametrize("offset", [0.0, -700.0, 5000.0])
 def test_equals_arviz(num_samples: int, offset: float) -> None:
     lw = torch.randn(num_samples, 7, dtype=torch.float64) * torch.linspace(0.1, 5, 7) + offset
@@ -34,6 +35,8 @@ def test_equals_arviz(num_samples: int, offset: float) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_equals_arviz_with_ties_and_underflow() -> None:
+    if not hasattr(pytest.importorskip("arviz"), "psislw"):
+        pytest.skip("ArviZ 1.x keeps ties and underflowing weights in the tail; 0.23 does not, nor do we")
     ties = torch.randn(1000, 5, dtype=torch.float64).round(decimals=1)
     wide = torch.randn(1000, 5, dtype=torch.float64) * 400
     for lw in (ties, wide):

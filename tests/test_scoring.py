@@ -135,7 +135,9 @@ def test_a_guide_with_one_latent_given_another_runs_again_for_each_sample(x: Ten
         with pyro.plate("data", len(x)):
             z2 = pyro.sample("z2", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
             z1 = pyro.sample("z1", dist.Normal(z2.sum(-1, keepdim=True).expand(z2.shape[:-1] + (3,)), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z1.mean(-1, keepdim=True).expand(z1.shape[:-1] + (7,)), 1.0).to_event(1), obs=x)
+            pyro.sample(
+                "x", dist.Normal(z1.mean(-1, keepdim=True).expand(z1.shape[:-1] + (7,)), 1.0).to_event(1), obs=x
+            )
 
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
