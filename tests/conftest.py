@@ -42,11 +42,15 @@ def _switches() -> dict[str, object]:
     }
 
 
+def _numpy_state() -> list[int]:
+    return np.random.get_state()[1].tolist()  # noqa: NPY002 - the legacy global state is what is guarded
+
+
 @pytest.fixture
 def rng_unchanged() -> Iterator[None]:
     """Fails a test that moves torch's, NumPy's or Python's global random state."""
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    before = torch.get_rng_state(), _numpy_state(), random.getstate()
     yield
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert _numpy_state() == before[1]
     assert random.getstate() == before[2]

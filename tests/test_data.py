@@ -90,9 +90,7 @@ def test_split_is_disjoint_and_complete(tmp_path: Path) -> None:
     np.save(tmp_path / "numbered.npy", np.arange(101.0)[:, None])
     numbered = data.load(tmp_path / "numbered.npy")
     assert (len(numbered.train), len(numbered.test)) == (81, 20)
-    assert torch.equal(
-        torch.cat([numbered.train, numbered.test]).flatten().sort().values, torch.arange(101.0)
-    )
+    assert torch.equal(torch.cat([numbered.train, numbered.test]).flatten().sort().values, torch.arange(101.0))
 
 
 def test_labels_go_with_their_images(digits: data.Data) -> None:
@@ -158,9 +156,7 @@ def test_own_root_comes_before_debian(monkeypatch: pytest.MonkeyPatch, idx_folde
 
 def test_missing_idx_files_are_named(idx_folder: Path) -> None:
     (idx_folder / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"there is no t10k-labels-idx1-ubyte.*download=True.*put"
-    ) as error:
+    with pytest.raises(FileNotFoundError, match=r"there is no t10k-labels-idx1-ubyte.*download=True.*put") as error:
         data.load("mnist", root=idx_folder.parents[1])
     assert str(idx_folder) in str(error.value)
 
@@ -216,9 +212,7 @@ def test_read_idx(tmp_path: Path) -> None:
         data.read_idx(tmp_path / "nowhere")
 
 
-def test_download_through_torchvision(
-    monkeypatch: pytest.MonkeyPatch, idx_folder: Path, tmp_path: Path
-) -> None:
+def test_download_through_torchvision(monkeypatch: pytest.MonkeyPatch, idx_folder: Path, tmp_path: Path) -> None:
     from torchvision.datasets import utils
 
     def download_url(url: str, root: str, filename: str, md5: str) -> None:
@@ -282,14 +276,10 @@ def test_cifar10(cifar_root: Path, download: bool) -> None:
     assert (cifar.levels, cifar.name) == (256, "cifar10")
 
 
-def test_cifar10_missing_or_damaged(
-    monkeypatch: pytest.MonkeyPatch, cifar_root: Path, tmp_path: Path
-) -> None:
+def test_cifar10_missing_or_damaged(monkeypatch: pytest.MonkeyPatch, cifar_root: Path, tmp_path: Path) -> None:
     from torchvision.datasets import CIFAR10
 
-    with pytest.raises(
-        FileNotFoundError, match=r"nowhere/cifar-10-batches-py.*download=True.*cifar-10-python.tar.gz"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/cifar-10-batches-py.*download=True.*cifar-10-python.tar.gz"):
         data.load("cifar10", root=tmp_path / "nowhere")
     (cifar_root / "cifar-10-batches-py" / "test_batch").write_bytes(b"")
     with pytest.raises(ValueError, match=r"missing or damaged"):
@@ -360,9 +350,7 @@ def test_channels_are_moved_not_mixed(tmp_path: Path) -> None:
 
 def test_npz_keys(tmp_path: Path) -> None:
     images, labels = random_images(10, 4, 5), np.arange(10)
-    np.savez(
-        tmp_path / "official.npz", train=images, test=images[:2], test_labels=labels[:2], extra="passed over"
-    )
+    np.savez(tmp_path / "official.npz", train=images, test=images[:2], test_labels=labels[:2], extra="passed over")
     official = data.load(tmp_path / "official.npz")
     assert np.array_equal((official.train * 255).round(), images)
     assert official.train_labels is None
@@ -429,9 +417,7 @@ def test_damaged_array_file(tmp_path: Path, suffix: str) -> None:
         damaged.append(whole[:300] + bytes([whole[300] ^ 0xFF]) + whole[301:])
     for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(
-            ValueError, match=rf"Expected .*array.{suffix} to be a NumPy file .* cannot be read"
-        ):
+        with pytest.raises(ValueError, match=rf"Expected .*array.{suffix} to be a NumPy file .* cannot be read"):
             data.load(path)
 
 
@@ -597,9 +583,7 @@ def test_data_refuse_to_be_binarised(method: str) -> None:
         data.Data(grey, grey).static_binarization(),
         data.Data(grey, grey).dynamic_binarization(),
     ):
-        with pytest.raises(
-            ValueError, match=r"not binarised, but these are \((static|dynamic, test) seed 0|static, "
-        ):
+        with pytest.raises(ValueError, match=r"not binarised, but these are \((static|dynamic, test) seed 0|static, "):
             getattr(binarised, method)()
 
 

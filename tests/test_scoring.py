@@ -134,10 +134,8 @@ def test_a_guide_with_one_latent_given_another_runs_again_for_each_sample(x: Ten
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             z2 = pyro.sample("z2", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
-            z1 = pyro.sample("z1", dist.Normal(z2.sum(-1, keepdim=True).expand(z2.shape[:-1] + (3,)), 1.0).to_event(1))
-            pyro.sample(
-                "x", dist.Normal(z1.mean(-1, keepdim=True).expand(z1.shape[:-1] + (7,)), 1.0).to_event(1), obs=x
-            )
+            z1 = pyro.sample("z1", dist.Normal(z2.sum(-1, keepdim=True).expand((*z2.shape[:-1], 3)), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z1.mean(-1, keepdim=True).expand((*z1.shape[:-1], 7)), 1.0).to_event(1), obs=x)
 
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -416,7 +414,7 @@ def test_autoguides_without_a_density_per_datum_are_refused(lg: Any, x: Tensor) 
 
 def test_an_autoencoder_is_refused() -> None:
     autoencoder = Autoencoder((8, 8), 2)
-    with pytest.raises(ValueError, match="no density log q.*autoencoder"):
+    with pytest.raises(ValueError, match=r"no density log q.*autoencoder"):
         Pair(autoencoder.model, autoencoder.guide, torch.zeros(5, 8, 8))
 
 

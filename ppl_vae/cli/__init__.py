@@ -1,0 +1,196 @@
+"""`ppl-vae`: the package from a terminal. Each command reads its options and calls the rooms.
+
+What is slow to import (torch above all) is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(
+    help="Variational autoencoders as probabilistic programs, with a log p(x) that can be trusted.",
+    epilog="Begin with: ppl-vae demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DataName = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="digits, mnist, fashion-mnist, kmnist, cifar10; or the path of an .npy or .npz file or of a folder of "
+        "images.",
+    ),
+]
+Root = Annotated[
+    Path | None,
+    typer.Option(help="Where named data sets lie. Default: $PPL_VAE_DATA, else ~/.cache/ppl-vae.", show_default=False),
+]
+Download = Annotated[bool, typer.Option("--download", help="Download a named data set that is not there.")]
+Seed = Annotated[int, typer.Option(help="Of every random number.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder written by train or demo.")]
+
+
+def main() -> None:
+    """Runs the command line; what the library refuses becomes one sentence and exit code 2."""
+    try:
+        app()
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        typer.echo(f"ppl-vae: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder to write; an earlier demo in it is replaced.")] = Path(
+        "runs/demo"
+    ),
+    epochs: Annotated[int, typer.Option(help="Passes over the data, for each of the two decoders.")] = 120,
+    samples: Annotated[int, typer.Option(help="Importance samples for each datum.")] = 2500,
+    seed: Seed = 0,
+) -> None:
+    """Train two VAEs on handwritten digits, estimate their log p(x), and write a report. About half a minute."""
+    from ppl_vae.cli.demo import run_demo
+
+    run_demo(out, epochs=epochs, num_samples=samples, seed=seed)
+
+
+@app.command()
+def train(
+    data: DataName,
+    root: Root = None,
+    download: Download = False,
+    likelihood: Annotated[
+        Literal["bernoulli", "gaussian", "gaussian-per-pixel"], typer.Option(help="p(x given z).")
+    ] = "bernoulli",
+    binarization: Annotated[
+        Literal["none", "static", "dynamic", "threshold"] | None,
+        typer.Option(
+            help="How grey values become 0 or 1. Default: static for a Bernoulli likelihood, else none.",
+            show_default=False,
+        ),
+    ] = None,
+    network: Annotated[Literal["mlp", "conv"], typer.Option(help="Of encoder and decoder.")] = "mlp",
+    latent_dim: Annotated[int, typer.Option(help="The length of z.")] = 20,
+    hidden_dims: Annotated[
+        str, typer.Option(metavar="WIDTHS", help="Widths of the hidden layers of an mlp, such as 400,400.")
+    ] = "",
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 20,
+    batch_size: Annotated[int, typer.Option(help="Data in a step.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
+    final_learning_rate: Annotated[
+        float | None, typer.Option(help="Let the learning rate decay exponentially to this one.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop when the held-out rows have not improved for so many epochs.")
+    ] = None,
+    validation: Annotated[int, typer.Option(help="How many rows of the training data to hold out.")] = 0,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder to write. Default: runs/DATA.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
+) -> None:
+    """Train a VAE and keep it, with its history and pictures, in a run folder."""
+    from ppl_vae.cli import runs
+
+    configuration = runs.Configuration(
+        data=runs.recorded_source(data),
+        root=str(root.expanduser().absolute()) if root else None,
+        likelihood=likelihood,
+        binarization=binarization or ("static" if likelihood == "bernoulli" else "none"),
+        network=network,
+        latent_dim=latent_dim,
+        hidden_dims=runs.widths(hidden_dims),
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        final_learning_rate=final_learning_rate,
+        patience=patience,
+        validation=validation,
+        seed=seed,
+    )
+    out = out or Path("runs", Path(configuration.data).stem)
+    with runs.new_folder(out, overwrite=overwrite) as folder:
+        run = runs.train(configuration, download=download)
+        runs.write(run, folder)
+        runs.draw({"loss": runs.loss_picture(run), **runs.model_pictures(run)}, folder)
+    typer.echo(f"{run.data}\n{run.history}\nThe run is in {out}. Next: ppl-vae evaluate {out}")
+    if run.history.stopped == "interrupted":
+        raise typer.Exit(130)
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    num_samples: Annotated[int, typer.Option(help="Importance samples for each datum.")] = 1000,
+    num_data: Annotated[
+        int | None, typer.Option(help="Score only so many test data, chosen by the seed. Default: all.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Estimate log p(x) of the test data, per datum and with its error, by importance sampling."""
+    from ppl_vae.cli import runs
+
+    trained = runs.read(run)
+    evidence, index = runs.evaluate(trained, num_samples=num_samples, num_data=num_data, seed=seed)
+    results = runs.numbers(evidence, trained)
+    evidence.summary()
+    if results["bits_per_dim"] is not None:
+        typer.echo(f"{'bits/dim':<18}{results['bits_per_dim']:>12.4f}  {trained.vae.likelihood.measure.name}")
+    runs.write_evidence(evidence, index, {**results, "seed": seed, "data": str(trained.data)}, run)
+    typer.echo(f"Written: {run / 'evidence.json'}, and per datum {run / 'evidence.safetensors'}")
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    num_samples: Annotated[int, typer.Option(help="How many images.")] = 64,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("samples.png"),
+) -> None:
+    """Draw new images: z from the prior, and the mean of p(x given z)."""
+    from ppl_vae.cli import runs
+
+    runs.write_samples(run, out, num_samples=num_samples, seed=seed)
+    typer.echo(f"{num_samples} samples are in {out}.")
+
+
+@app.command()
+def coin(
+    heads: Annotated[int, typer.Option(help="How many tosses came up heads.")] = 400,
+    tosses: Annotated[int, typer.Option(help="How many tosses there were.")] = 1000,
+) -> None:
+    """Fit a bent coin: in closed form, by Pyro's SVI, and with a prior."""
+    if not 0 <= heads <= tosses or tosses < 1:
+        raise ValueError(f"Expected at least one toss, and from 0 to {tosses} heads; got {heads} heads.")
+    import torch
+
+    import ppl_vae as pv
+
+    x = (torch.arange(tosses) < heads).float()
+    closed, fitted = pv.coin.maximum_likelihood(x), pv.coin.fit(x)
+    prior = pv.coin.BetaBernoulli()
+    posterior = prior.posterior(x)
+    for name, value, meaning in (
+        ("closed form", closed, "the share of heads"),
+        ("SVI", fitted.probability, f"after {len(fitted.losses)} steps"),
+        ("posterior", posterior.mean.item(), f"± {posterior.stddev.item():.4f}, the prior being uniform"),
+    ):
+        typer.echo(f"{name:<14}p(heads) = {value:.4f}  {meaning}")
+    typer.echo(f"log p(tosses given p) at its largest  {pv.coin.log_likelihood(closed, x).item():>10.3f} nats")
+    typer.echo(f"log p(tosses), p integrated out       {prior.log_px(x[None]).item():>10.3f} nats")
+
+
+@app.command()
+def data(name: DataName, root: Root = None, download: Download = False) -> None:
+    """Load a data set and describe it; where it is missing, say how to get it."""
+    from ppl_vae.cli import runs
+
+    for line in runs.description(name, root, download):
+        typer.echo(line)

@@ -1,0 +1,348 @@
+"""A run: what was asked for, the program and the data that came of it, and the folder that keeps them."""
+
+from __future__ import annotations
+
+import io
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import torch
+from torch import Tensor
+
+import ppl_vae as pv
+from ppl_vae import files, plots
+from ppl_vae.data import Data
+from ppl_vae.data.named import IDX_SETS
+from ppl_vae.evidence import Evidence
+from ppl_vae.likelihoods import Likelihood
+from ppl_vae.training import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    Picture = tuple[Axes, str]  # and its caption
+
+matplotlib.use("agg")  # pictures go to files; no window, and no display needed
+
+# The words of the command line, and what they stand for.
+LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
+    "bernoulli": pv.likelihoods.Bernoulli,
+    "gaussian": pv.likelihoods.Gaussian,
+    "gaussian-per-pixel": partial(pv.likelihoods.Gaussian, per_pixel=True),
+}
+BINARIZATIONS: dict[str, Callable[[Data, int], Data]] = {
+    "none": lambda data, seed: data,
+    "static": lambda data, seed: data.static_binarization(seed=seed),
+    "dynamic": lambda data, seed: data.dynamic_binarization(seed=seed),
+    "threshold": lambda data, seed: data.thresholded(),
+}
+SOURCES = {
+    "digits": "scikit-learn's copy of the UCI handwritten digits; always there",
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html, through torchvision",
+    **{name: f"the four IDX files of {folder}, as torchvision keeps them" for name, folder in IDX_SETS.items()},
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything that a run depends on, as `run.json` records it."""
+
+    data: str
+    likelihood: str
+    binarization: str
+    latent_dim: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    root: str | None = None
+    network: str = "mlp"
+    hidden_dims: list[int] | None = None
+    final_learning_rate: float | None = None
+    patience: int | None = None
+    validation: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained program with the data it was trained on, binarised as it saw them."""
+
+    configuration: Configuration
+    vae: pv.VAE
+    data: Data
+    history: History
+
+
+def recorded_source(data: str) -> str:
+    """A name as it is and a path made absolute, so that a run can be evaluated from another folder."""
+    return data if data in SOURCES else str(Path(data).expanduser().absolute())
+
+
+def widths(text: str) -> list[int] | None:
+    """Numbers with commas between them; None for an empty text."""
+    try:
+        return [int(width) for width in text.split(",")] if text else None
+    except ValueError:
+        raise ValueError(f"Expected widths of hidden layers such as 400,400; got {text!r}.") from None
+
+
+def train(configuration: Configuration, *, download: bool = False) -> Run:
+    """Loads the data, builds the VAE and fits it. Interrupted before the first step, there is no run."""
+    c = configuration
+    grey = pv.data.load(c.data, root=c.root, download=download)
+    data = BINARIZATIONS[c.binarization](grey, c.seed)
+    fitted = BINARIZATIONS[c.binarization](_held_out(grey, c.validation, c.seed), c.seed) if c.validation else data
+    with pv.isolation.seeded(c.seed):
+        vae = _built(c, tuple(data.test.shape[1:]))
+    history = pv.fit(
+        vae.model,
+        vae.guide,
+        fitted.train,
+        epochs=c.epochs,
+        batch_size=c.batch_size,
+        learning_rate=_learning_rate(c.learning_rate, c.final_learning_rate),
+        validation=fitted.test if c.validation else None,
+        patience=c.patience,
+        seed=c.seed,
+        progress=sys.stderr.isatty(),
+    )
+    if history.stopped == "interrupted" and not history.loss:
+        raise KeyboardInterrupt
+    return Run(c, vae, data, history)
+
+
+def _held_out(data: Data, count: int, seed: int) -> Data:
+    """The training data alone, with `count` of them in the place of the test data."""
+    rows = torch.as_tensor(data.train)
+    if not 0 < count < len(rows):
+        raise ValueError(
+            f"Expected to hold out from 1 to {len(rows) - 1} of the {len(rows)} training data; got {count}."
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return replace(data, train=rows[order[count:]], test=rows[order[:count]], train_labels=None, test_labels=None)
+
+
+def _built(c: Configuration, shape: tuple[int, ...]) -> pv.VAE:
+    prior, posterior = pv.priors.StandardNormal(c.latent_dim), pv.posteriors.DiagonalNormal()
+    likelihood, num_features = LIKELIHOODS[c.likelihood](), posterior.num_features(c.latent_dim)
+    encoder: torch.nn.Module
+    decoder: torch.nn.Module
+    if c.network == "conv":
+        if c.hidden_dims is not None:
+            raise ValueError("Hidden widths are those of an mlp. Leave them out, or choose the network mlp.")
+        encoder = pv.networks.ConvEncoder(shape, num_features)
+        decoder = pv.networks.ConvDecoder(c.latent_dim, shape, num_parameters=likelihood.num_parameters)
+    else:
+        mlp = pv.networks.MLP if c.hidden_dims is None else partial(pv.networks.MLP, hidden_dims=c.hidden_dims)
+        encoder = mlp(shape, num_features)
+        decoder = mlp(c.latent_dim, (likelihood.num_parameters * shape[0], *shape[1:]))
+    return pv.VAE(
+        shape,
+        c.latent_dim,
+        likelihood=likelihood,
+        prior=prior,
+        posterior=posterior,
+        encoder=encoder,
+        decoder=decoder,
+    )
+
+
+def _learning_rate(first: float, last: float | None) -> float | Callable[[float], float]:
+    if last is None:
+        return first
+    if not (first > 0 and last > 0):
+        raise ValueError(f"A learning rate that decays must stay positive; got {first} and {last}.")
+    return lambda t: first * (last / first) ** t
+
+
+def evaluate(run: Run, *, num_samples: int, seed: int, num_data: int | None = None) -> tuple[Evidence, Tensor]:
+    """The evidence of the test data, and the indices of those that were scored."""
+    index = torch.arange(len(run.data.test))
+    if num_data is not None:
+        if not 1 <= num_data <= len(index):
+            raise ValueError(f"Expected to score from 1 to {len(index)} test data; got {num_data}.")
+        index = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:num_data].sort().values
+    x = run.data.test[index]
+    return pv.importance_sampling(run.vae.model, run.vae.guide, x, num_samples=num_samples, seed=seed), index
+
+
+def numbers(evidence: Evidence, run: Run) -> dict[str, Any]:
+    """What is to be said of log p(x), in nats per datum unless the name says otherwise."""
+    likelihood = run.vae.likelihood
+    bits = None
+    if likelihood.measure.levels is not None:
+        bits = pv.bits_per_dim(evidence.log_px, likelihood, run.data.test[0].numel()).mean().item()
+    return {
+        "log_px": evidence.mean,
+        "mean_standard_error": evidence.mean_standard_error,
+        "mc_standard_error": evidence.mc_standard_error,
+        "mc_bias": evidence.mc_bias,
+        "elbo": evidence.elbo.mean().item(),
+        "bits_per_dim": bits,
+        "share_pareto_k_below_0.7": (evidence.pareto_k < 0.7).double().mean().item(),
+        "num_data": len(evidence.log_px),
+        "num_samples": evidence.num_samples,
+        "measure": likelihood.measure.name,
+        "warnings": evidence.warnings(),
+    }
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool, mark: str = "run.json") -> Iterator[Path]:
+    """A folder to fill, which appears under its name only when it is complete; a failure leaves nothing behind.
+
+    With `overwrite` it takes the place of an earlier one, told by the file `mark`: nothing else is ever deleted.
+    """
+    path = path.expanduser()
+    if path.is_file():
+        raise ValueError(f"Expected a folder to write to, but {path} is a file. Name another with --out.")
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / mark).is_file():
+            raise ValueError(f"The folder {path} holds something else than a run ({mark}). Name another with --out.")
+        if not overwrite:
+            raise ValueError(f"The folder {path} holds a run. Name another with --out, or replace it with --overwrite.")
+    made = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+            new, old = Path(temporary, "new"), Path(temporary, "old")
+            new.mkdir()
+            yield new
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+    except BaseException:
+        with suppress(OSError):  # another program may have written there meanwhile
+            for parent in made:
+                parent.rmdir()
+        raise
+
+
+def write(run: Run, folder: Path, **more: object) -> None:
+    """Writes weights and `run.json`."""
+    pv.save(run.vae, folder / "weights.safetensors")
+    versions = {name: version(name) for name in ("ppl-vae", "torch", "pyro-ppl", "numpy")}
+    files.write_json(
+        folder / "run.json",
+        {
+            "configuration": asdict(run.configuration),
+            "versions": {"python": platform.python_version(), **versions},
+            "training": asdict(run.history),
+            **more,
+        },
+    )
+
+
+def read(folder: Path) -> Run:
+    """The run that `write` wrote, with its data loaded anew."""
+    vae = _read_vae(folder)
+    recorded: Any = files.read_json(folder / "run.json")
+    try:
+        configuration = Configuration(**recorded["configuration"])
+        history, binarize = History(**recorded["training"]), BINARIZATIONS[configuration.binarization]
+    except (KeyError, TypeError) as error:
+        expected = ", ".join(field.name for field in fields(Configuration))
+        raise ValueError(
+            f"Expected the configuration ({expected}) and the training of a run in {folder / 'run.json'}, but it does "
+            f"not hold them as this version writes them ({error}). Train the run anew."
+        ) from error
+    data = binarize(pv.data.load(configuration.data, root=configuration.root), configuration.seed)
+    return Run(configuration, vae, data, history)
+
+
+def _read_vae(folder: Path) -> pv.VAE:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no run folder {folder.absolute()}. Make one with: ppl-vae train DATA")
+    return pv.load(folder / "weights.safetensors")
+
+
+def write_evidence(evidence: Evidence, index: Tensor, results: dict[str, Any], folder: Path) -> None:
+    """Writes the means as `evidence.json`, what is known per datum as `evidence.safetensors`, and the pictures."""
+    per_datum = {name: getattr(evidence, name) for name in ("log_px", "standard_error", "ess", "pareto_k", "elbo")}
+    files.write_tensors(folder / "evidence.safetensors", {"index": index, **per_datum})
+    files.write_json(folder / "evidence.json", results)
+    draw({"pareto_k": pareto_picture(evidence)}, folder)
+
+
+def write_samples(folder: Path, out: Path, *, num_samples: int, seed: int) -> None:
+    """Writes a picture of new images."""
+    if num_samples < 1:
+        raise ValueError(f"Expected at least one sample to draw; got {num_samples}.")
+    vae = _read_vae(folder)
+    _save_picture(plots.image_grid(vae.sample(num_samples, seed=seed, mean=True)), out)
+
+
+def loss_picture(run: Run) -> Picture:
+    return plots.loss_curve(run.history), "The loss, −ELBO in nats per datum, after each pass over the training data."
+
+
+def model_pictures(run: Run) -> dict[str, Picture]:
+    """What the run has learned; of data that are no images, only how they lie in the latent space."""
+    vae, x, labels = run.vae, run.data.test[:2000], run.data.test_labels
+    pictures: dict[str, Picture] = {}
+    if x.dim() > 2:
+        samples = plots.image_grid(vae.sample(64, mean=True), columns=16)
+        pictures["samples"] = samples, "Samples: z drawn from the prior, and the mean of p(x given z)."
+        rows = plots.reconstructions(x[:10], vae.reconstruct(x[:10]))
+        pictures["reconstructions"] = rows, "Test data, and below each the mean of p(x given z) at the mean of q."
+        if vae.latent_dim == 2:
+            caption = "The latent plane, decoded at equally probable steps of the prior."
+            pictures["manifold"] = plots.manifold(lambda z: vae.decode(z).mean), caption
+    if vae.latent_dim > 1 and len(x) > 1:
+        few = labels is not None and len(labels.unique()) <= 20
+        with pv.isolation.evaluation():
+            scatter = plots.latent_scatter(vae.encode(x).mean, labels[:2000] if few and labels is not None else None)
+        pictures["latents"] = scatter, "Where q(z given x) puts the test data: a point for each, at the mean of q."
+    return pictures
+
+
+def pareto_picture(evidence: Evidence) -> Picture:
+    return (
+        plots.pareto_k(evidence.pareto_k),
+        "Pareto k of every test datum: up to 0.7 its log p(x) can be used, above it is too low by an unknown amount.",
+    )
+
+
+def draw(pictures: dict[str, Picture], folder: Path) -> None:
+    """Writes each picture to `figures/NAME.png`."""
+    for name, (ax, _) in pictures.items():
+        _save_picture(ax, folder / "figures" / f"{name}.png")
+
+
+def _save_picture(ax: Axes, path: Path) -> None:
+    from matplotlib import pyplot
+
+    buffer, figure = io.BytesIO(), ax.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=160, bbox_inches="tight")
+    pyplot.close(figure)
+    files.write_bytes_atomically(path, buffer.getvalue())
+
+
+def description(name: str, root: Path | None, download: bool) -> list[str]:
+    """What a data set holds, in lines."""
+    data = pv.data.load(name, root=root, download=download)
+    x = torch.cat([torch.as_tensor(data.train), data.test])
+    labels = "none"
+    if data.train_labels is not None and data.test_labels is not None:
+        classes = torch.cat([data.train_labels, data.test_labels]).unique()
+        labels = f"{len(classes)} classes, {classes.min()} to {classes.max()}"
+    rows = {
+        "data": data.name,
+        "train, test": f"{len(data.train):,} and {len(data.test):,} data",
+        "shape": " × ".join(map(str, data.test.shape[1:])),
+        "levels": "none: values as they are" if data.levels is None else f"{data.levels}, scaled to [0, 1]",
+        "values": f"{x.min():g} to {x.max():g}, mean {x.mean():.4f}",
+        "labels": labels,
+        "source": SOURCES.get(name, str(Path(name).expanduser().absolute())),
+    }
+    return [f"{key:<13}{value}" for key, value in rows.items()]

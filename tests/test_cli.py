@@ -1,0 +1,436 @@
+"""The command line: what it writes is whole and agrees with what it says; what it refuses, it refuses in a sentence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ppl_vae as pv
+from ppl_vae import cli, files
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def sentence(self) -> str:
+        """What `ppl-vae: ...` says, after checking that nothing but that is said and the exit code is 2."""
+        assert self.code == 2, self
+        assert self.err.startswith("ppl-vae: "), self.err
+        assert self.err.count("\n") == 1, self.err
+        assert "Traceback" not in self.err
+        return self.err
+
+
+Runner = Callable[..., Result]
+
+
+@pytest.fixture
+def ppl_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Runner]:
+    """Runs `main` in an empty folder, as the installed script does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PPL_VAE_DATA", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer sets it
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tests share the machine, and small networks gain nothing from more
+
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["ppl-vae", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), captured.out, captured.err)
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def tiny(*args: object) -> list[object]:
+    return ["--epochs", 2, "--latent-dim", 2, "--hidden-dims", "16", *args]
+
+
+def contents(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+# Without torch
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["evaluate"], ["sample"], ["coin"], ["data"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    code = f"""
+import sys
+from ppl_vae.cli import app
+try:
+    app({[*command, "--help"]!r})
+except SystemExit as exit:
+    heavy = {{"torch", "pyro", "numpy", "matplotlib", "sklearn", "arviz"}} & set(sys.modules)
+    sys.exit(f"imported {{heavy}}" if heavy else exit.code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+
+
+def test_the_installed_script_lists_its_commands() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("ppl-vae"), "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    for command in ("demo", "train", "evaluate", "sample", "coin", "data"):
+        assert command in done.stdout
+
+
+# The demonstration
+
+
+class Report(HTMLParser):
+    """The cells of the tables, the images, and every address a browser might fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.addresses: list[str] = []
+        self.images = 0
+        self._in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in_cell = tag in ("td", "th")
+        self.images += tag == "img"
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
+
+    def handle_data(self, text: str) -> None:
+        if self._in_cell:
+            self.cells.append(text)
+            self._in_cell = False
+
+
+def test_demo_writes_a_report_that_agrees_with_its_runs(ppl_vae: Runner, tmp_path: Path) -> None:
+    result = ppl_vae("demo", "--epochs", 2, "--samples", 30)
+    assert result.code == 0, result.err
+    figures = {f"figures/{n}.png" for n in ("loss", "samples", "reconstructions", "latents", "log_px", "pareto_k")}
+    run_files = {"weights.safetensors", "run.json", *figures}
+    expected = {"report.html", *(f"{run}/{name}" for run in ("bernoulli", "gaussian") for name in run_files)}
+    assert contents(tmp_path / "runs") == {f"demo/{name}" for name in expected}
+    demo = tmp_path / "runs/demo"
+
+    report = Report((demo / "report.html").read_text())
+    assert report.images == 12
+    assert all(address.startswith("data:image/png;base64,") for address in report.addresses)
+    for name, title in (("bernoulli", "Bernoulli (0/1)"), ("gaussian", "Gaussian (grey)")):
+        results = json.loads((demo / name / "run.json").read_text())["results"]
+        start = report.cells.index(title)
+        log_px, elbo, bits, share, seconds = report.cells[start + 1 : start + 6]
+        assert log_px == f"{results['log_px']:.2f} ± {results['mean_standard_error']:.2f}"
+        assert float(elbo) == pytest.approx(results["elbo"], abs=0.005)
+        assert share == f"{100 * results['share_pareto_k_below_0.7']:.0f} %"
+        assert float(seconds) == pytest.approx(results["seconds"], abs=0.5)
+        if name == "bernoulli":
+            assert float(bits) == pytest.approx(-results["log_px"] / (64 * np.log(2)), abs=0.0005)
+        else:
+            assert bits == "–"
+            assert results["bits_per_dim"] is None
+        line = next(line for line in result.out.splitlines() if line.startswith(title))
+        assert line.split() == " ".join(report.cells[start : start + 6]).split()
+        for warning in results["warnings"]:
+            assert warning in result.out
+        assert results["warnings"], "30 samples are too few, and the demo must say so"
+    assert "must not be compared" in result.out
+    assert "runs/demo/report.html" in result.out
+
+
+def test_demo_replaces_a_demo_and_nothing_else(ppl_vae: Runner, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("mine")
+    assert "precious" in ppl_vae("demo", "--out", precious, "--epochs", 1, "--samples", 10).sentence()
+    assert contents(tmp_path) == {"precious/thesis.txt"}
+    old = tmp_path / "runs/demo"
+    (old / "bernoulli").mkdir(parents=True)
+    (old / "bernoulli/run.json").write_text("{}")
+    (old / "stale.html").write_text("")
+    assert ppl_vae("demo", "--epochs", 1, "--samples", 10).code == 0
+    assert "stale.html" not in contents(old)
+    assert [path.name for path in old.parent.iterdir()] == ["demo"], "temporary folders were left"
+
+
+# Train, evaluate, sample
+
+
+def test_a_run_on_digits_is_trained_evaluated_and_sampled(ppl_vae: Runner, tmp_path: Path) -> None:
+    trained = ppl_vae("train", "digits", *tiny("--validation", 100, "--patience", 5, "--final-learning-rate", 1e-4))
+    assert trained.code == 0, trained.err
+    run = tmp_path / "runs/digits"
+    assert "ppl-vae evaluate runs/digits" in trained.out
+    recorded = json.loads((run / "run.json").read_text())
+    assert recorded["configuration"]["binarization"] == "static"
+    assert len(recorded["training"]["loss"]) == len(recorded["training"]["validation"]) == 2
+    assert "figures/manifold.png" in contents(run)
+
+    evaluated = ppl_vae("evaluate", run, "--num-samples", 50)
+    assert evaluated.code == 0, evaluated.err
+    results = json.loads((run / "evidence.json").read_text())
+    per_datum, _ = files.read_tensors(run / "evidence.safetensors")
+    assert f"{results['log_px']:.3f}" in evaluated.out
+    assert "bits/dim" in evaluated.out
+    assert per_datum["log_px"].mean().item() == pytest.approx(results["log_px"])
+    assert results["num_data"] == len(per_datum["log_px"]) == 359
+
+    # The file's numbers are those of the library on the same data.
+    vae, test = pv.load(run / "weights.safetensors"), pv.data.load("digits").static_binarization(seed=0).test
+    again = pv.importance_sampling(vae.model, vae.guide, test, num_samples=50, seed=0, max_rows=4096)
+    assert torch.allclose(again.log_px, per_datum["log_px"], atol=1e-4)
+
+    assert ppl_vae("sample", run, "--num-samples", 6).code == 0
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_seed_gives_the_same_weights(ppl_vae: Runner, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert ppl_vae("train", "digits", *tiny("--out", name, "--seed", seed)).code == 0
+    a, b, c = (files.read_tensors(tmp_path / name / "weights.safetensors")[0] for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_a_subset_of_the_data_is_seeded(ppl_vae: Runner, tmp_path: Path) -> None:
+    assert ppl_vae("train", "digits", *tiny("--out", "run")).code == 0
+    index = []
+    for seed in (0, 0, 1):
+        assert ppl_vae("evaluate", "run", "--num-samples", 30, "--num-data", 20, "--seed", seed).code == 0
+        index.append(files.read_tensors(tmp_path / "run/evidence.safetensors")[0]["index"])
+    assert len(index[0].unique()) == 20
+    assert torch.equal(index[0], index[1])
+    assert not torch.equal(index[0], index[2])
+    assert "from 1 to 359" in ppl_vae("evaluate", "run", "--num-data", 0).sentence()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--likelihood", "gaussian"],
+        ["--likelihood", "gaussian-per-pixel"],
+        ["--binarization", "dynamic", "--validation", 5],
+        ["--binarization", "threshold"],
+        ["--network", "conv"],
+    ],
+)
+def test_options_reach_the_program(ppl_vae: Runner, tmp_path: Path, options: list[object]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 6, 5), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(40) % 3)
+    width = [] if "conv" in options else ["--hidden-dims", "16"]
+    result = ppl_vae("train", "mine.npz", "--epochs", 2, "--latent-dim", 3, *width, *options)
+    assert result.code == 0, result.err
+    evaluated = ppl_vae("evaluate", "runs/mine", "--num-samples", 30)
+    assert evaluated.code == 0, evaluated.err
+    assert ("bits/dim" in evaluated.out) == ("--likelihood" not in options)
+    recorded = json.loads((tmp_path / "runs/mine/run.json").read_text())["configuration"]
+    for name, value in zip(options[::2], options[1::2], strict=True):
+        assert recorded[str(name)[2:]] == value
+    assert recorded["data"] == str(tmp_path / "mine.npz")
+
+
+def test_tables_train_without_pictures_of_images(ppl_vae: Runner, tmp_path: Path) -> None:
+    np.save(tmp_path / "table.npy", np.random.default_rng(0).normal(size=(50, 4)))
+    assert ppl_vae("train", "table.npy", *tiny("--likelihood", "gaussian", "--out", "run")).code == 0
+    assert {name for name in contents(tmp_path / "run") if "figures" in name} == {
+        "figures/loss.png",
+        "figures/latents.png",
+    }
+    assert ppl_vae("evaluate", "run", "--num-samples", 30).code == 0
+    assert "images" in ppl_vae("sample", "run").sentence()
+
+
+def test_an_earlier_run_is_replaced_only_when_asked(ppl_vae: Runner, tmp_path: Path) -> None:
+    assert ppl_vae("train", "digits", *tiny()).code == 0
+    before = (tmp_path / "runs/digits/run.json").read_bytes()
+    assert "--overwrite" in ppl_vae("train", "digits", *tiny()).sentence()
+    assert (tmp_path / "runs/digits/run.json").read_bytes() == before
+    assert ppl_vae("train", "digits", *tiny("--overwrite", "--likelihood", "gaussian")).code == 0
+    assert json.loads((tmp_path / "runs/digits/run.json").read_text())["configuration"]["likelihood"] == "gaussian"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    assert "something else" in ppl_vae("train", "digits", *tiny("--out", "mine", "--overwrite")).sentence()
+    assert (tmp_path / "mine/notes.txt").read_text() == "mine"
+
+
+def test_a_failed_replacement_keeps_the_earlier_run(ppl_vae: Runner, tmp_path: Path) -> None:
+    assert ppl_vae("train", "digits", *tiny()).code == 0
+    before = {name: (tmp_path / "runs" / name).read_bytes() for name in contents(tmp_path / "runs")}
+    ppl_vae("train", "digits", *tiny("--overwrite", "--binarization", "none")).sentence()
+    assert {name: (tmp_path / "runs" / name).read_bytes() for name in contents(tmp_path / "runs")} == before
+
+
+# What is refused
+
+
+def idx_files(raw: Path) -> None:
+    """A tiny MNIST whose last file breaks off."""
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images = bytes([0, 0, 8, 3, 0, 0, 0, 4, 0, 0, 0, 3, 0, 0, 0, 3]) + bytes(range(36))
+        labels = bytes([0, 0, 8, 1, 0, 0, 0, 4, 0, 1, 2, 3])
+        (raw / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images[: 52 if part == "train" else 40]))
+        (raw / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+
+
+def arrays(path: Path) -> None:
+    images = np.zeros((20, 4, 4), np.uint8)
+    nan = np.zeros((20, 4, 4))
+    nan[3, 1, 1] = np.nan
+    np.savez(path / "labels.npz", images=images, labels=np.arange(19))
+    np.save(path / "nan.npy", nan)
+    np.save(path / "empty.npy", images[:0])
+    (path / "damaged.npz").write_bytes(b"PK\x03\x04 no more")
+    idx_files(path / "root/MNIST/raw")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["no-such-set"], "The data sets are digits"),
+        (["missing/file.npy"], "There is no file or folder"),
+        (["mnist"], "train-images-idx3-ubyte"),
+        (["mnist", "--root", "root"], "t10k-images-idx3-ubyte.gz"),
+        (["labels.npz"], "20 labels"),
+        (["nan.npy"], "index 3"),
+        (["empty.npy"], "empty"),
+        (["damaged.npz"], "cannot be read"),
+        (["digits", "--latent-dim", "0"], "latent_dim"),
+        (["digits", "--hidden-dims", "wide"], "400,400"),
+        (["digits", "--network", "conv", "--hidden-dims", "9"], "mlp"),
+        (["digits", "--binarization", "none"], "Bernoulli likelihood scores data in {0, 1}"),
+        (["digits", "--epochs", "0"], "at least one epoch"),
+        (["digits", "--batch-size", "0"], "batch_size"),
+        (["digits", "--learning-rate", "-1"], "-1"),
+        (["digits", "--final-learning-rate", "0"], "positive"),
+        (["digits", "--patience", "3"], "validation"),
+        (["digits", "--validation", "1438"], "from 1 to 1437"),
+        (["digits", "--out", "empty.npy"], "is a file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_train_refuses_in_a_sentence_and_leaves_nothing(
+    ppl_vae: Runner, tmp_path: Path, args: list[str], said: str
+) -> None:
+    arrays(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert said in ppl_vae("train", *args).sentence()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_unknown_options_and_words_are_refused(ppl_vae: Runner) -> None:
+    assert ppl_vae("train", "digits", "--likelihood", "poisson").code == 2
+    assert ppl_vae("train", "digits", "--epoch", 3).code == 2
+    assert ppl_vae("fly").code == 2
+
+
+def test_evaluate_and_sample_refuse_what_is_no_run(ppl_vae: Runner, tmp_path: Path) -> None:
+    for command in ("evaluate", "sample"):
+        assert "There is no run folder" in ppl_vae(command, "nowhere").sentence()
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert "empty" in ppl_vae(command, "empty").sentence()
+    assert ppl_vae("train", "digits", *tiny("--out", "run")).code == 0
+    assert "at least one sample" in ppl_vae("sample", "run", "--num-samples", 0).sentence()
+    assert "num_samples" in ppl_vae("evaluate", "run", "--num-samples", 0).sentence()
+    assert ppl_vae("sample", "run", "--out", "samples.xyz").sentence()
+
+    weights, record = tmp_path / "run/weights.safetensors", tmp_path / "run/run.json"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-100], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        weights.write_bytes(damaged)
+        for command in ("evaluate", "sample"):
+            assert "weights.safetensors is corrupt" in ppl_vae(command, "run").sentence()
+    weights.write_bytes(whole)
+    for text in ("{", "[]", "{}", '{"configuration": {"data": "digits"}}'):
+        record.write_text(text)
+        assert "run.json" in ppl_vae("evaluate", "run").sentence()
+    assert not (tmp_path / "run/evidence.json").exists()
+    assert not (tmp_path / "samples.png").exists()
+
+
+def test_data_that_changed_shape_since_training_are_refused(ppl_vae: Runner, tmp_path: Path) -> None:
+    np.save(tmp_path / "mine.npy", np.ones((20, 4, 4), np.uint8))
+    assert ppl_vae("train", "mine.npy", *tiny()).code == 0
+    np.save(tmp_path / "mine.npy", np.ones((20, 5, 4), np.uint8))
+    assert "(batch, 4, 4)" in ppl_vae("evaluate", "runs/mine").sentence()
+
+
+# Ctrl-C
+
+
+def test_interrupted_training_keeps_its_epochs_and_exits_with_130(
+    ppl_vae: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = pv.fit
+
+    def interrupted(*args: object, **options: object) -> pv.History:
+        history = fit(*args, **options)  # type: ignore[arg-type]
+        history.stopped = "interrupted"
+        return history
+
+    monkeypatch.setattr("ppl_vae.training.fit", interrupted)
+    assert ppl_vae("train", "digits", *tiny()).code == 130
+    assert json.loads((tmp_path / "runs/digits/run.json").read_text())["training"]["stopped"] == "interrupted"
+    assert ppl_vae("demo", "--epochs", 1, "--samples", 10).code == 130
+    assert not (tmp_path / "runs/demo").exists()
+
+
+def test_interrupted_before_the_first_step_leaves_nothing(
+    ppl_vae: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ppl_vae.data.load", stop)
+    result = ppl_vae("train", "digits")
+    assert (result.code, result.err) == (130, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+# The coin, and data
+
+
+def test_coin_agrees_with_the_closed_form(ppl_vae: Runner) -> None:
+    result = ppl_vae("coin", "--heads", 400, "--tosses", 1000)
+    assert result.code == 0
+    assert [float(p) for p in re.findall(r"p\(heads\) = ([\d.]+)", result.out)] == pytest.approx(
+        [0.4, 0.4, 401 / 1002], abs=1e-3
+    )
+    nats = [float(value) for value in re.findall(r"([-\d.]+) nats", result.out)]
+    assert nats[0] == pytest.approx(400 * np.log(0.4) + 600 * np.log(0.6), abs=1e-3)
+    binomial = sum(np.log((600 + k) / k) for k in range(1, 401))
+    assert nats[1] == pytest.approx(-np.log(1001) - binomial, abs=1e-3)
+
+
+@pytest.mark.parametrize(("heads", "tosses"), [(5, 3), (-1, 3), (0, 0)])
+def test_coin_refuses_impossible_counts(ppl_vae: Runner, heads: int, tosses: int) -> None:
+    assert "heads" in ppl_vae("coin", "--heads", heads, "--tosses", tosses).sentence()
+
+
+def test_data_describes_or_says_how_to_get_it(ppl_vae: Runner, tmp_path: Path) -> None:
+    result = ppl_vae("data", "digits")
+    assert result.code == 0
+    for text in ("1,438 and 359", "8 × 8", "17, scaled", "0 to 1", "10 classes, 0 to 9", "scikit-learn"):
+        assert text in result.out
+    assert "download" in ppl_vae("data", "mnist").sentence()
+    np.save(tmp_path / "mine.npy", np.linspace(-1, 2, 40).reshape(10, 4))
+    described = ppl_vae("data", "mine.npy").out
+    assert "values as they are" in described
+    assert "-1 to 2" in described
+    assert str(tmp_path / "mine.npy") in described
