@@ -14,10 +14,12 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppl_vae import isolation
 from ppl_vae.autoencoder import Autoencoder
 from ppl_vae.coin import BetaBernoulli
+from ppl_vae.likelihoods import Bernoulli, Gaussian
 from ppl_vae.scoring import Pair, check_data, log_weights, loop, particles, rows, tiles
 from ppl_vae.vae import VAE
 
@@ -60,13 +62,13 @@ def test_strategies_agree(form: str, strategy: Any, lg: Any, x: Tensor) -> None:
     pair = Pair(model, q, x)
     z, log_q = pair.draw(pair.encode(x), x, num_samples=5)
     try:
-        again = strategy(pair, q, (x,), z, 5)[1]
-        scored = strategy(pair, model, (x,), z, 5)[1]
+        again = strategy(pair.layout, q, (x,), z, 5)[1]
+        scored = strategy(pair.layout, model, (x,), z, 5)[1]
     except (ValueError, RuntimeError):
         assert strategy is not pair.strategy
         return
     torch.testing.assert_close(again, log_q, rtol=0, atol=1e-12)
-    torch.testing.assert_close(scored, loop(pair, model, (x,), z, 5)[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(scored, loop(pair.layout, model, (x,), z, 5)[1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", pairs.FORMS)
@@ -76,7 +78,7 @@ def test_a_loop_that_draws_gives_canonical_latents(form: str, lg: Any, x: Tensor
     shapes = set()
     for strategy in (particles, tiles, loop):
         try:
-            z, log_q = strategy(pair, q, (x,), {}, 5)
+            z, log_q = strategy(pair.layout, q, (x,), {}, 5)
         except (ValueError, RuntimeError):
             continue
         shapes.add((tuple(z["z"].shape), tuple(log_q.shape)))
@@ -148,7 +150,7 @@ def test_a_guide_with_one_latent_given_another_runs_again_for_each_sample(x: Ten
     by_hand = dist.Normal(x[:, :3], 1.0).to_event(1).log_prob(z["z1"])
     by_hand = by_hand + dist.Normal(z["z1"][..., :2], 1.0).to_event(1).log_prob(z["z2"])
     torch.testing.assert_close(log_q, by_hand, rtol=0, atol=1e-12)
-    torch.testing.assert_close(pair.log_joint(z, x, num_samples=5), loop(pair, model, (x,), z, 5)[1])
+    torch.testing.assert_close(pair.log_joint(z, x, num_samples=5), loop(pair.layout, model, (x,), z, 5)[1])
 
 
 def test_the_guide_runs_once_for_all_samples(lg: Any, x: Tensor) -> None:
@@ -235,7 +237,7 @@ def test_conv_decoders_flatten_and_raw_ones_are_tiled() -> None:
     pair = Pair(model, vae.guide, x)
     assert pair.strategy is tiles
     z, _ = pair.draw(pair.encode(x), x, num_samples=3)
-    torch.testing.assert_close(pair.log_joint(z, x, num_samples=3), loop(pair, model, (x,), z, 3)[1])
+    torch.testing.assert_close(pair.log_joint(z, x, num_samples=3), loop(pair.layout, model, (x,), z, 3)[1])
 
 
 def test_batch_normalisation_is_caught_and_tiled() -> None:
@@ -257,6 +259,20 @@ def test_batch_normalisation_is_caught_and_tiled() -> None:
     with isolation.evaluation():
         assert Pair(model, guide, torch.randn(3, 4)).strategy is tiles
     assert decoder[1].training
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli, Gaussian, lambda: Gaussian(per_pixel=True)])
+def test_log_weights_can_be_recorded_into_one_graph(likelihood: Any) -> None:
+    """No Python on the hot path depends on a value: the recorded graph gives the same weights on other data."""
+    vae = VAE((8, 8), 3, likelihood=likelihood())
+    x, other = torch.bernoulli(torch.full((2, 5, 8, 8), 0.5))
+    with torch.no_grad(), pyro.validation_enabled(False):
+        pair = Pair(vae.model, vae.guide, x)
+        graph = make_fx(lambda x: pair.log_weights(x, num_samples=7))(x)
+        with isolation.seeded(1):
+            recorded = graph(other)
+        with isolation.seeded(1):
+            torch.testing.assert_close(recorded, pair.log_weights(other, num_samples=7), rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------

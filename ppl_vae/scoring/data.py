@@ -25,7 +25,8 @@ def check_data(*args: Any) -> int:
     x = args[0]
     if x.numel() == 0 or x.dim() == 0:
         raise ValueError(f"There are no data: expected one row per datum; got a tensor of shape {tuple(x.shape)}.")
-    finite = torch.isfinite(x).reshape(len(x), -1).all(1)
+    # Part by part: a mask of all the data would be as large as they are.
+    finite = torch.cat([torch.isfinite(part).reshape(len(part), -1).all(1) for part in x.split(1024)])
     if not finite.all():
         first = int((~finite).nonzero()[0])
         raise ValueError(

@@ -24,8 +24,8 @@ def matching_latents(model: Sites, guide: Sites) -> list[str]:
             others = [other for other in drawn if other not in latents]
             if others:
                 raise ValueError(
-                    f"The guide draws '{others[0]}' for all data at once and computes '{name}' from it, so no datum has "
-                    "a density log q(z given x) of its own. Use a guide that draws in the plate, such as AutoNormal."
+                    f"The guide draws '{others[0]}' for all data at once and computes '{name}' from it, so no datum "
+                    "has a density log q(z given x) of its own. Use a guide that draws in the plate, such as AutoNormal."
                 )
             raise ValueError(
                 f"The guide puts all of '{name}' at one point (a Delta), which has no density log q(z given x), so "

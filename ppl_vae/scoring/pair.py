@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ppl_vae.scoring.data import check_data, rows
 from ppl_vae.scoring.inspection import check_site, is_delta, matching_latents, required_data_plate
+from ppl_vae.scoring.layout import Layout
 from ppl_vae.scoring.running import Program, Sites, Values, log_probs, loop, particles, run, scored_sites, tiles
 
-Strategy = Callable[["Pair", Program, tuple[Any, ...], Values, int], tuple[Values, Tensor]]
+Strategy = Callable[[Layout, Program, tuple[Any, ...], Values, int], tuple[Values, Tensor]]
 
 # A few data and samples show every shape; the two differ so that neither can be taken for the other.
 PROBE_DATA, PROBE_SAMPLES = 3, 2
@@ -55,9 +56,7 @@ class Pair:
     """A model and a guide that have been looked at: what is in their plates, and how to draw many samples at once.
 
     Attributes:
-        plate: name of the plate over the data.
-        dim: its dimension, counted from the right of a site's batch shape.
-        nesting: how many levels of plates there are.
+        layout: where samples, plates and data lie in the shapes of its sites.
         latents: names of the sites of z.
         strategy: `particles`, `tiles` or `loop`, the first that agrees with one run per sample.
         encodes_once: whether one run of the guide serves all samples of a datum. It does unless the guide draws one
@@ -94,44 +93,24 @@ class Pair:
     def draw(self, encoded: Sites, *args: Any, num_samples: int) -> tuple[Values, Tensor]:
         """Latents in canonical form and their log q(z given x), float64 `(num_samples, batch)`."""
         if not self.encodes_once:
-            return self.strategy(self, self.guide, args, {}, num_samples)
-        fns = {name: self._full_rank(site["fn"]) for name, site in encoded.items()}
+            return self.strategy(self.layout, self.guide, args, {}, num_samples)
+        fns = {name: self.layout.full_rank(site["fn"]) for name, site in encoded.items()}
         z = {name: fn(torch.Size([num_samples])) for name, fn in fns.items()}
         log_q = (scale_and_mask(fns[n].log_prob(z[n]), mask=encoded[n]["mask"]) for n in z)
-        return z, self.per_datum(log_q, args).expand(num_samples, -1)
+        return z, self.layout.per_datum(log_q, args).expand(num_samples, -1)
 
     def log_joint(self, z: Values, *args: Any, num_samples: int) -> Tensor:
         """log p(x, z) at latents in canonical form, float64 `(num_samples, batch)`."""
-        return self.strategy(self, self.model, args, {name: z[name] for name in self.latents}, num_samples)[1]
+        return self.strategy(self.layout, self.model, args, {name: z[name] for name in self.latents}, num_samples)[1]
 
     def blame(self, z: Values, *args: Any) -> str:
         """Which site has a log-probability of NaN or +∞ at one sample of the latents, in words."""
         for program, name in ((self.guide, "guide"), (self.model, "model")):
-            trace = run(program, args, {n: self.natural(n, z[n])[0] for n in self.drawn})
+            trace = run(program, args, {n: self.layout.natural(n, z[n])[0] for n in self.drawn})
             for site, log_prob in zip(scored_sites(trace), log_probs(trace), strict=True):
                 if not (log_prob < torch.inf).all():
                     return f"site '{site}' of the {name}"
         return "a site"
-
-    def per_datum(self, log_probs: Iterable[Tensor], args: tuple[Any, ...]) -> Tensor:
-        """Sums log-probabilities over all but samples and data, in float64: `(num_samples or 1, batch)`."""
-        total = torch.zeros(1, len(args[0]), dtype=torch.float64, device=args[0].device)
-        others = [d for d in range(1, self.nesting + 1) if d != self.nesting + 1 + self.dim]
-        for log_prob in log_probs:
-            full = log_prob.reshape((1,) * (self.nesting + 1 - log_prob.dim()) + log_prob.shape)
-            total = total + (full.sum(others, dtype=torch.float64) if others else full)
-        return total
-
-    def natural(self, name: str, value: Tensor) -> Tensor:
-        """A latent in canonical form with no more plate dimensions than the guide gave it."""
-        return value.reshape(len(value), *value.shape[1 + self.nesting - self.ranks[name] :])
-
-    def canonical(self, name: str, value: Tensor) -> Tensor:
-        """The inverse of `natural`."""
-        return value.reshape(len(value), *(1,) * (self.nesting - self.ranks[name]), *value.shape[1:])
-
-    def _full_rank(self, fn: Any) -> Any:
-        return fn.expand((1,) * (self.nesting - len(fn.batch_shape)) + fn.batch_shape)
 
     def _inspect(self, args: tuple[Any, ...]) -> None:
         """Finds the plate over the data and refuses what has no log weight per datum."""
@@ -144,24 +123,29 @@ class Pair:
             raise
         model, guide = scored_sites(model_trace), scored_sites(guide_trace)
         self.latents = matching_latents(model, guide)
-        self.plate, self.dim = required_data_plate(model, len(args[0]))
+        plate, dim = required_data_plate(model, len(args[0]))
         for program, sites in (("model", model), ("guide", guide)):
             for name, site in sites.items():
-                check_site(f"Site '{name}' of the {program}", site, self.plate, self.dim, len(args[0]))
+                check_site(f"Site '{name}' of the {program}", site, plate, dim, len(args[0]))
         stacks = [site["cond_indep_stack"] for site in (*model.values(), *guide.values())]
-        self.nesting = max(-frame.dim for stack in stacks for frame in stack)
-        self.ranks = {name: len(site["fn"].batch_shape) for name, site in guide.items()}
+        nesting = max(-frame.dim for stack in stacks for frame in stack)
+        ranks = {name: len(site["fn"].batch_shape) for name, site in guide.items()}
+        self.layout = Layout(plate, dim, nesting, ranks)
         # A Delta computes its value from the other sites.
         self.drawn = [name for name, site in guide.items() if not (site["is_observed"] or is_delta(site))]
 
     def _choose(self, args: tuple[Any, ...]) -> None:
         """Takes the first strategy that gives what one run per sample gives, at the same latents."""
         self.encodes_once = False
-        z = {name: v for name, v in loop(self, self.guide, args, {}, PROBE_SAMPLES)[0].items() if name in self.drawn}
+        z = {
+            name: v
+            for name, v in loop(self.layout, self.guide, args, {}, PROBE_SAMPLES)[0].items()
+            if name in self.drawn
+        }
 
         def densities(strategy: Strategy) -> tuple[Tensor, Tensor]:
             self.strategy = strategy
-            values, log_q = strategy(self, self.guide, args, z, PROBE_SAMPLES)
+            values, log_q = strategy(self.layout, self.guide, args, z, PROBE_SAMPLES)
             return log_q, self.log_joint(values, *args, num_samples=PROBE_SAMPLES)
 
         log_q, log_p = densities(loop)
@@ -177,10 +161,10 @@ class Pair:
                     break
             except (RuntimeError, ValueError, IndexError):
                 continue  # A network that takes one leading dimension, say; the loop ran above.
-        if len(self.drawn) == len(self.ranks):
+        if len(self.drawn) == len(self.layout.ranks):
             self.encodes_once = True
-            fns = {name: self._full_rank(site["fn"]) for name, site in self.encode(*args).items()}
-            again = self.per_datum((fn.log_prob(z[name]) for name, fn in fns.items()), args)
+            fns = {name: self.layout.full_rank(site["fn"]) for name, site in self.encode(*args).items()}
+            again = self.layout.per_datum((fn.log_prob(z[name]) for name, fn in fns.items()), args)
             self.encodes_once = _close(again.expand_as(log_q), log_q)
 
 

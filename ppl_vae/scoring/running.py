@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
@@ -13,9 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppl_vae.scoring.data import is_per_datum
-
-if TYPE_CHECKING:
-    from ppl_vae.scoring.pair import Pair
+from ppl_vae.scoring.layout import Layout
 
 Program = Callable[..., Any]
 Values = dict[str, Tensor]
@@ -23,42 +21,42 @@ Sites = dict[str, Any]
 
 
 def particles(
-    pair: Pair, program: Program, args: tuple[Any, ...], values: Values, num_samples: int
+    layout: Layout, program: Program, args: tuple[Any, ...], values: Values, num_samples: int
 ) -> tuple[Values, Tensor]:
     """One run in a plate of samples to the left of all others; for programs that take leading dimensions."""
-    with pyro.plate("particles", num_samples, dim=-pair.nesting - 1):
+    with pyro.plate("particles", num_samples, dim=-layout.nesting - 1):
         trace = run(program, args, values)
-    return values_of(trace), pair.per_datum(log_probs(trace), args).expand(num_samples, -1)
+    return values_of(trace), layout.per_datum(log_probs(trace), args).expand(num_samples, -1)
 
 
 def tiles(
-    pair: Pair, program: Program, args: tuple[Any, ...], values: Values, num_samples: int
+    layout: Layout, program: Program, args: tuple[Any, ...], values: Values, num_samples: int
 ) -> tuple[Values, Tensor]:
     """One run on the data repeated for each sample; for programs whose plate is as long as the data."""
 
     def fold(name: str, value: Tensor) -> Tensor:
-        axis = pair.ranks[name] + pair.dim
-        return pair.natural(name, value).movedim(0, axis).flatten(axis, axis + 1)
+        axis = layout.ranks[name] + layout.dim
+        return layout.natural(name, value).movedim(0, axis).flatten(axis, axis + 1)
 
     def unfold(name: str, value: Tensor) -> Tensor:
-        axis = pair.ranks[name] + pair.dim
-        return pair.canonical(name, value.unflatten(axis, (num_samples, -1)).movedim(axis, 0))
+        axis = layout.ranks[name] + layout.dim
+        return layout.canonical(name, value.unflatten(axis, (num_samples, -1)).movedim(axis, 0))
 
     tiled = tuple(torch.cat([a] * num_samples) if is_per_datum(a, args) else a for a in args)
     trace = run(program, tiled, {name: fold(name, value) for name, value in values.items()})
-    log_prob = pair.per_datum(log_probs(trace), tiled).reshape(num_samples, -1)
-    return {name: unfold(name, v) for name, v in values_of(trace).items() if name in pair.ranks}, log_prob
+    log_prob = layout.per_datum(log_probs(trace), tiled).reshape(num_samples, -1)
+    return {name: unfold(name, v) for name, v in values_of(trace).items() if name in layout.ranks}, log_prob
 
 
 def loop(
-    pair: Pair, program: Program, args: tuple[Any, ...], values: Values, num_samples: int
+    layout: Layout, program: Program, args: tuple[Any, ...], values: Values, num_samples: int
 ) -> tuple[Values, Tensor]:
     """One run for each sample: always right, and slow."""
-    natural = {name: pair.natural(name, value) for name, value in values.items()}
+    natural = {name: layout.natural(name, value) for name, value in values.items()}
     traces = [run(program, args, {n: v[k] for n, v in natural.items()}) for k in range(num_samples)]
-    names = [name for name in values_of(traces[0]) if name in pair.ranks]
-    drawn = {n: pair.canonical(n, torch.stack([values_of(t)[n] for t in traces])) for n in names}
-    return drawn, torch.cat([pair.per_datum(log_probs(t), args) for t in traces])
+    names = [name for name in values_of(traces[0]) if name in layout.ranks]
+    drawn = {n: layout.canonical(n, torch.stack([values_of(t)[n] for t in traces])) for n in names}
+    return drawn, torch.cat([layout.per_datum(log_probs(t), args) for t in traces])
 
 
 def run(program: Program, args: tuple[Any, ...], values: Values) -> poutine.Trace:
