@@ -181,8 +181,8 @@ class _Trained:
         if self.recorded_size not in (None, len(batch[0])):
             raise ValueError(
                 f"{type(self.objective).__name__} records the program for the first batch, of {self.recorded_size} "
-                f"data, and gives a wrong loss for a batch of {len(batch[0])}. Take a batch_size that divides the number of "
-                "data, or another objective."
+                f"data, and gives a wrong loss for a batch of {len(batch[0])}. Take a batch_size that divides "
+                "the number of data, or another objective."
             )
         return loss / (self.num_data or len(batch[0]))
 
