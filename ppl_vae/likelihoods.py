@@ -13,7 +13,7 @@ The contract, whatever the family:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log, sqrt
+from math import expm1, log, sqrt
 from typing import Any
 
 import pyro.distributions as dist
@@ -129,8 +129,10 @@ class Gaussian(Likelihood):
             raise ValueError(f"floor is the smallest standard deviation and must be positive; got {floor!r}.")
         self.scale, self.per_pixel, self.floor = scale, per_pixel, floor
         self.num_parameters = 2 if per_pixel else 1
-        # softplus(0) = log 2: training starts with a scale of 0.7, wider than any data on [0, 1].
-        self.raw_scale = nn.Parameter(torch.zeros(())) if scale is None and not per_pixel else None
+        # Training starts with a scale of 0.2, about that of images on [0, 1]. A much wider one makes reconstruction
+        # seem worthless at first, and latent dimensions go unused that are not won back.
+        start = torch.tensor(log(expm1(0.2)))
+        self.raw_scale = nn.Parameter(start) if scale is None and not per_pixel else None
 
     def forward(self, features: Tensor, event_dim: int = 1) -> dist.TorchDistribution:
         loc = features

@@ -115,6 +115,8 @@ def fit(
     """
     if patience is not None and validation is None:
         raise ValueError("Early stopping (patience) needs validation data; pass validation=x_valid.")
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs must be an integer of at least 1; got {epochs!r}.")
     batches = _Batches(data, batch_size)
     held_out = None if validation is None else _Batches(_as_tuple(validation), batch_size)
     rate = learning_rate if callable(learning_rate) else lambda _: learning_rate
@@ -124,7 +126,8 @@ def fit(
         trained = _Trained(model, guide, Trace_ELBO() if objective is None else objective, next(batches.ordered()))
         optimizer = torch.optim.Adam(trained.parameters.values(), lr=rate(0.0), fused=True)
         best, best_state, waited = inf, trained.state(), 0
-        bar = tqdm(range(epochs), desc="fit", unit="epoch", disable=not progress)
+        quiet = {} if progress else {"disable": True}  # else the environment's TQDM_DISABLE has the say
+        bar = tqdm(range(epochs), desc="fit", unit="epoch", **quiet)
         total, count = 0.0, 0
         try:
             for epoch in bar:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,8 +60,11 @@ def ppl_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     torch.set_num_threads(threads)
 
 
+STATIC = ["--binarization", "static"]
+
+
 def tiny(*args: object) -> list[object]:
-    return ["--epochs", 2, "--latent-dim", 2, "--hidden-dims", "16", *args]
+    return [*STATIC, "--epochs", 2, "--latent-dim", 2, "--hidden-dims", "16", *args]
 
 
 def contents(folder: Path) -> set[str]:
@@ -153,6 +157,11 @@ def test_demo_writes_a_report_that_agrees_with_its_runs(ppl_vae: Runner, tmp_pat
     assert "must not be compared" in result.out
     assert "runs/demo/report.html" in result.out
 
+    assert ppl_vae("evaluate", demo / "bernoulli", "--num-samples", 30).code == 0
+    results = json.loads((demo / "bernoulli/run.json").read_text())["results"]
+    again = json.loads((demo / "bernoulli/evidence.json").read_text())
+    assert again["log_px"] == pytest.approx(results["log_px"], abs=1e-5)
+
 
 def test_demo_replaces_a_demo_and_nothing_else(ppl_vae: Runner, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
@@ -164,7 +173,9 @@ def test_demo_replaces_a_demo_and_nothing_else(ppl_vae: Runner, tmp_path: Path) 
     (old / "bernoulli").mkdir(parents=True)
     (old / "bernoulli/run.json").write_text("{}")
     (old / "stale.html").write_text("")
+    torch.set_num_threads(2)
     assert ppl_vae("demo", "--epochs", 1, "--samples", 10).code == 0
+    assert torch.get_num_threads() == 2
     assert "stale.html" not in contents(old)
     assert [path.name for path in old.parent.iterdir()] == ["demo"], "temporary folders were left"
 
@@ -173,7 +184,7 @@ def test_demo_replaces_a_demo_and_nothing_else(ppl_vae: Runner, tmp_path: Path) 
 
 
 def test_a_run_on_digits_is_trained_evaluated_and_sampled(ppl_vae: Runner, tmp_path: Path) -> None:
-    trained = ppl_vae("train", "digits", *tiny("--validation", 100, "--patience", 5, "--final-learning-rate", 1e-4))
+    trained = ppl_vae("train", "digits", *tiny("--validation", 100, "--patience", 5, "--seed", 3))
     assert trained.code == 0, trained.err
     run = tmp_path / "runs/digits"
     assert "ppl-vae evaluate runs/digits" in trained.out
@@ -192,7 +203,7 @@ def test_a_run_on_digits_is_trained_evaluated_and_sampled(ppl_vae: Runner, tmp_p
     assert results["num_data"] == len(per_datum["log_px"]) == 359
 
     # The file's numbers are those of the library on the same data.
-    vae, test = pv.load(run / "weights.safetensors"), pv.data.load("digits").static_binarization(seed=0).test
+    vae, test = pv.load(run / "weights.safetensors"), pv.data.load("digits").static_binarization(seed=3).test
     again = pv.importance_sampling(vae.model, vae.guide, test, num_samples=50, seed=0, max_rows=4096)
     assert torch.allclose(again.log_px, per_datum["log_px"], atol=1e-4)
 
@@ -215,6 +226,10 @@ def test_a_subset_of_the_data_is_seeded(ppl_vae: Runner, tmp_path: Path) -> None
         assert ppl_vae("evaluate", "run", "--num-samples", 30, "--num-data", 20, "--seed", seed).code == 0
         index.append(files.read_tensors(tmp_path / "run/evidence.safetensors")[0]["index"])
     assert len(index[0].unique()) == 20
+    vae, data = pv.load(tmp_path / "run/weights.safetensors"), pv.data.load("digits").static_binarization()
+    scored = files.read_tensors(tmp_path / "run/evidence.safetensors")[0]["log_px"]
+    again = pv.importance_sampling(vae.model, vae.guide, data.test[index[2]], num_samples=30, seed=1)
+    assert torch.allclose(again.log_px, scored, atol=1e-4)
     assert torch.equal(index[0], index[1])
     assert not torch.equal(index[0], index[2])
     assert "from 1 to 359" in ppl_vae("evaluate", "run", "--num-data", 0).sentence()
@@ -234,7 +249,9 @@ def test_options_reach_the_program(ppl_vae: Runner, tmp_path: Path, options: lis
     images = np.random.default_rng(0).integers(0, 256, (40, 6, 5), dtype=np.uint8)
     np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(40) % 3)
     width = [] if "conv" in options else ["--hidden-dims", "16"]
-    result = ppl_vae("train", "mine.npz", "--epochs", 2, "--latent-dim", 3, *width, *options)
+    result = ppl_vae(
+        "train", "mine.npz", "--binarization", "static", "--epochs", 2, "--latent-dim", 3, *width, *options
+    )
     assert result.code == 0, result.err
     evaluated = ppl_vae("evaluate", "runs/mine", "--num-samples", 30)
     assert evaluated.code == 0, evaluated.err
@@ -242,12 +259,43 @@ def test_options_reach_the_program(ppl_vae: Runner, tmp_path: Path, options: lis
     recorded = json.loads((tmp_path / "runs/mine/run.json").read_text())["configuration"]
     for name, value in zip(options[::2], options[1::2], strict=True):
         assert recorded[str(name)[2:]] == value
+    vae = pv.load(tmp_path / "runs/mine/weights.safetensors")
+    assert isinstance(vae.encoder, pv.networks.ConvEncoder if "conv" in options else pv.networks.MLP)
+    assert isinstance(
+        vae.likelihood, pv.likelihoods.Gaussian if "--likelihood" in options else pv.likelihoods.Bernoulli
+    )
+    assert vae.likelihood.num_parameters == (2 if "gaussian-per-pixel" in options else 1)
     assert recorded["data"] == str(tmp_path / "mine.npz")
+
+
+def test_what_is_asked_of_fit_is_what_fit_gets(
+    ppl_vae: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def fit(model: object, guide: object, x: torch.Tensor, **options: object) -> pv.History:
+        seen.update(options, x=x)
+        return pv.History(loss=[1.0])
+
+    monkeypatch.setattr("ppl_vae.training.fit", fit)
+    np.save(tmp_path / "rows.npy", np.arange(100.0)[:, None])
+    asked = ["--epochs", 7, "--batch-size", 3, "--patience", 2, "--seed", 5, "--validation", 30]
+    rates = ["--learning-rate", 1e-2, "--final-learning-rate", 1e-4]
+    result = ppl_vae("train", "rows.npy", "--likelihood", "gaussian", *asked, *rates)
+    assert result.code == 0, result.err
+    assert (seen["epochs"], seen["batch_size"], seen["patience"], seen["seed"]) == (7, 3, 2, 5)
+    assert [seen["learning_rate"](t) for t in (0.0, 0.5, 1.0)] == pytest.approx([1e-2, 1e-3, 1e-4])
+    x, validation, data = seen["x"], seen["validation"], pv.data.load(tmp_path / "rows.npy")
+    assert len(validation) == 30
+    assert torch.equal(torch.cat([x, validation]).sort(0).values, torch.as_tensor(data.train).sort(0).values)
 
 
 def test_tables_train_without_pictures_of_images(ppl_vae: Runner, tmp_path: Path) -> None:
     np.save(tmp_path / "table.npy", np.random.default_rng(0).normal(size=(50, 4)))
-    assert ppl_vae("train", "table.npy", *tiny("--likelihood", "gaussian", "--out", "run")).code == 0
+    assert (
+        ppl_vae("train", "table.npy", *tiny("--likelihood", "gaussian", "--binarization", "none", "--out", "run")).code
+        == 0
+    )
     assert {name for name in contents(tmp_path / "run") if "figures" in name} == {
         "figures/loss.png",
         "figures/latents.png",
@@ -296,6 +344,7 @@ def arrays(path: Path) -> None:
     np.savez(path / "labels.npz", images=images, labels=np.arange(19))
     np.save(path / "nan.npy", nan)
     np.save(path / "empty.npy", images[:0])
+    np.save(path / "grey.npy", images + 0.5)
     (path / "damaged.npz").write_bytes(b"PK\x03\x04 no more")
     idx_files(path / "root/MNIST/raw")
 
@@ -311,17 +360,18 @@ def arrays(path: Path) -> None:
         (["nan.npy"], "index 3"),
         (["empty.npy"], "empty"),
         (["damaged.npz"], "cannot be read"),
-        (["digits", "--latent-dim", "0"], "latent_dim"),
-        (["digits", "--hidden-dims", "wide"], "400,400"),
-        (["digits", "--network", "conv", "--hidden-dims", "9"], "mlp"),
-        (["digits", "--binarization", "none"], "Bernoulli likelihood scores data in {0, 1}"),
-        (["digits", "--epochs", "0"], "at least one epoch"),
-        (["digits", "--batch-size", "0"], "batch_size"),
-        (["digits", "--learning-rate", "-1"], "-1"),
-        (["digits", "--final-learning-rate", "0"], "positive"),
-        (["digits", "--patience", "3"], "validation"),
-        (["digits", "--validation", "1438"], "from 1 to 1437"),
-        (["digits", "--out", "empty.npy"], "is a file"),
+        (["digits", *STATIC, "--latent-dim", "0"], "latent_dim"),
+        (["digits", *STATIC, "--hidden-dims", "wide"], "400,400"),
+        (["digits", *STATIC, "--network", "conv", "--hidden-dims", "9"], "mlp"),
+        (["digits"], "17 grey levels. Say how they become 0 or 1 with --binarization static"),
+        (["grey.npy", "--hidden-dims", "9"], "Bernoulli likelihood scores data in {0, 1}; got values from"),
+        (["digits", *STATIC, "--epochs", "0"], "epochs must be an integer of at least 1"),
+        (["digits", *STATIC, "--batch-size", "0"], "batch_size"),
+        (["digits", *STATIC, "--learning-rate", "-1"], "-1"),
+        (["digits", *STATIC, "--final-learning-rate", "0"], "positive"),
+        (["digits", *STATIC, "--patience", "3"], "validation"),
+        (["digits", *STATIC, "--validation", "1438"], "from 1 to 1437"),
+        (["digits", *STATIC, "--out", "empty.npy"], "is a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -394,11 +444,8 @@ def test_interrupted_training_keeps_its_epochs_and_exits_with_130(
 def test_interrupted_before_the_first_step_leaves_nothing(
     ppl_vae: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("ppl_vae.data.load", stop)
-    result = ppl_vae("train", "digits")
+    monkeypatch.setattr("ppl_vae.training.fit", lambda *_, **options: pv.History(stopped="interrupted"))
+    result = ppl_vae("train", "digits", *STATIC)
     assert (result.code, result.err) == (130, "")
     assert list(tmp_path.iterdir()) == []
 

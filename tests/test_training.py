@@ -591,6 +591,8 @@ def test_bad_data_are_refused(x: Tensor) -> None:
         fit(vae.model, vae.guide, [1.0, 2.0])
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
         fit(vae.model, vae.guide, x, batch_size=0)
+    with pytest.raises(ValueError, match="epochs must be an integer of at least 1; got 0"):
+        fit(vae.model, vae.guide, x, epochs=0)
     with pytest.raises(TypeError, match=r"The data give 2 arguments, which model\(.*only the images"):
         fit(vae.model, vae.guide, TensorDataset(x, torch.zeros(len(x))))
     with pytest.raises(ValueError, match=r"was built for a batch of shape \(batch, 7\); got"):

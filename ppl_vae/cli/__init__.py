@@ -69,12 +69,9 @@ def train(
         Literal["bernoulli", "gaussian", "gaussian-per-pixel"], typer.Option(help="p(x given z).")
     ] = "bernoulli",
     binarization: Annotated[
-        Literal["none", "static", "dynamic", "threshold"] | None,
-        typer.Option(
-            help="How grey values become 0 or 1. Default: static for a Bernoulli likelihood, else none.",
-            show_default=False,
-        ),
-    ] = None,
+        Literal["none", "static", "dynamic", "threshold"],
+        typer.Option(help="How grey values become 0 or 1, which a Bernoulli likelihood needs."),
+    ] = "none",
     network: Annotated[Literal["mlp", "conv"], typer.Option(help="Of encoder and decoder.")] = "mlp",
     latent_dim: Annotated[int, typer.Option(help="The length of z.")] = 20,
     hidden_dims: Annotated[
@@ -103,7 +100,7 @@ def train(
         data=runs.recorded_source(data),
         root=str(root.expanduser().absolute()) if root else None,
         likelihood=likelihood,
-        binarization=binarization or ("static" if likelihood == "bernoulli" else "none"),
+        binarization=binarization,
         network=network,
         latent_dim=latent_dim,
         hidden_dims=runs.widths(hidden_dims),

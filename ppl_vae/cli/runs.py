@@ -84,7 +84,8 @@ class Run:
 
 def recorded_source(data: str) -> str:
     """A name as it is and a path made absolute, so that a run can be evaluated from another folder."""
-    return data if data in SOURCES else str(Path(data).expanduser().absolute())
+    path = Path(data).expanduser()
+    return str(path.absolute()) if data not in SOURCES and path.exists() else data
 
 
 def widths(text: str) -> list[int] | None:
@@ -100,6 +101,11 @@ def train(configuration: Configuration, *, download: bool = False) -> Run:
     c = configuration
     grey = pv.data.load(c.data, root=c.root, download=download)
     data = BINARIZATIONS[c.binarization](grey, c.seed)
+    if c.likelihood == "bernoulli" and data.levels not in (None, 2):
+        raise ValueError(
+            f"A Bernoulli likelihood scores data in {{0, 1}}, and {c.data} has {data.levels} grey levels. Say how they "
+            "become 0 or 1 with --binarization static, dynamic or threshold, or choose --likelihood gaussian."
+        )
     fitted = BINARIZATIONS[c.binarization](_held_out(grey, c.validation, c.seed), c.seed) if c.validation else data
     with pv.isolation.seeded(c.seed):
         vae = _built(c, tuple(data.test.shape[1:]))
@@ -296,7 +302,7 @@ def model_pictures(run: Run) -> dict[str, Picture]:
         pictures["reconstructions"] = rows, "Test data, and below each the mean of p(x given z) at the mean of q."
         if vae.latent_dim == 2:
             caption = "The latent plane, decoded at equally probable steps of the prior."
-            pictures["manifold"] = plots.manifold(lambda z: vae.decode(z).mean), caption
+            pictures["manifold"] = plots.manifold(lambda z: vae.decode(z).mean, gap=1), caption
     if vae.latent_dim > 1 and len(x) > 1:
         few = labels is not None and len(labels.unique()) <= 20
         with pv.isolation.evaluation():
@@ -343,6 +349,6 @@ def description(name: str, root: Path | None, download: bool) -> list[str]:
         "levels": "none: values as they are" if data.levels is None else f"{data.levels}, scaled to [0, 1]",
         "values": f"{x.min():g} to {x.max():g}, mean {x.mean():.4f}",
         "labels": labels,
-        "source": SOURCES.get(name, str(Path(name).expanduser().absolute())),
+        "source": SOURCES.get(name, recorded_source(name)),
     }
     return [f"{key:<13}{value}" for key, value in rows.items()]

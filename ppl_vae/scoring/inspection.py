@@ -25,7 +25,7 @@ def matching_latents(model: Sites, guide: Sites) -> list[str]:
             if others:
                 raise ValueError(
                     f"The guide draws '{others[0]}' for all data at once and computes '{name}' from it, so no datum "
-                    "has a density log q(z given x) of its own. Use a guide that draws in the plate, as AutoNormal does."
+                    "has a density log q(z given x) of its own. Use a guide that draws in the plate."
                 )
             raise ValueError(
                 f"The guide puts all of '{name}' at one point (a Delta), which has no density log q(z given x), so "

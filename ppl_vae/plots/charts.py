@@ -1,19 +1,15 @@
-"""Pictures: arrays and an `ax` in, the `ax` out; none runs a model, and `manifold` takes a decode callable.
-
-Every function draws on the matplotlib `ax` it is given, or on a new figure without one, and returns the axes:
-`plots.loss_curve(history).figure.savefig("loss.png")`. Arrays are torch tensors (on any device, with
-or without gradients) or NumPy arrays.
-"""
+"""Charts of numbers: losses, latents, estimates and their Pareto k."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from ppl_vae.plots.axes import as_array, axes_or_new, label_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +48,7 @@ def loss_curve(history: _History, *, ax: Axes | None = None) -> Axes:
     """
     if not history.loss:
         raise ValueError("Expected a loss per epoch in history.loss, got none. Train for at least one epoch.")
-    ax = _axes(ax, (6.0, 3.8))
+    ax = axes_or_new(ax, (6.0, 3.8))
     marker = "." if len(history.loss) <= 40 else ""
     for name, losses, colour, line in (
         ("training", history.loss, _COLOURS[0], "-"),
@@ -61,78 +57,9 @@ def loss_curve(history: _History, *, ax: Axes | None = None) -> Axes:
         if losses:
             ax.plot(range(1, len(losses) + 1), losses, line, color=colour, marker=marker, label=name)
     ax.locator_params(axis="x", integer=True)
-    _label(ax, "epoch", "loss (nats per datum)")
+    label_axes(ax, "epoch", "loss (nats per datum)")
     _cut_high_beginnings(ax, [history.loss, history.validation])
     ax.legend()
-    return ax
-
-
-def image_grid(
-    images: Tensor | np.ndarray,
-    *,
-    columns: int | None = None,
-    gap: int = 1,
-    title: str = "",
-    ax: Axes | None = None,
-) -> Axes:
-    """Tiles images into one picture, row by row: samples of a model, a batch of data.
-
-    Args:
-        images: (N, H, W), or (N, C, H, W) with C = 1 or 3, in [0, 1]; what lies outside is clipped.
-        columns: images per row; as many as make the grid a square without it.
-        gap: white pixels between two images.
-        title: above the picture.
-        ax: where to draw.
-
-    Raises:
-        ValueError: the shape is another one, there is no image, or the images hold levels (0 ... 255).
-
-    Example:
-        >>> from matplotlib.figure import Figure
-        >>> ax = image_grid(torch.rand(6, 28, 28), columns=3, ax=Figure().subplots())
-        >>> ax.images[0].get_array().shape
-        (57, 86)
-    """
-    tiles = _images(images)
-    if columns is None:
-        columns = math.ceil(math.sqrt(len(tiles)))
-    if columns < 1 or gap < 0:
-        raise ValueError(f"Expected columns >= 1 and gap >= 0, got columns={columns} and gap={gap}.")
-    ax = _show_tiles(tiles, min(columns, len(tiles)), gap, ax)
-    ax.set_title(title)
-    return ax
-
-
-def reconstructions(
-    images: Tensor | np.ndarray,
-    reconstructed: Tensor | np.ndarray,
-    *,
-    num_images: int = 10,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draws the first images in one row and their reconstructions below them.
-
-    Args:
-        images: (N, H, W), or (N, C, H, W) with C = 1 or 3, in [0, 1]; what lies outside is clipped.
-        reconstructed: the same shape; for example the mean of `decode(encode(x).mean)`.
-        num_images: how many to draw; all where there are fewer.
-        ax: where to draw.
-
-    Raises:
-        ValueError: the two shapes differ, or either is no shape of images.
-    """
-    top, bottom = _images(images), _images(reconstructed)
-    if top.shape != bottom.shape:
-        raise ValueError(
-            f"Expected reconstructions of the shape of the images, got {tuple(reconstructed.shape)} "
-            f"for images {tuple(images.shape)}. Pass them in pairs."
-        )
-    if num_images < 1:
-        raise ValueError(f"Expected at least one image to draw, got num_images={num_images}.")
-    top, bottom = top[:num_images], bottom[:num_images]
-    ax = _show_tiles(np.concatenate([top, bottom]), len(top), 1, ax)
-    height = top.shape[1]
-    ax.set_yticks([(height - 1) / 2, height + 1 + (height - 1) / 2], ["input", "reconstruction"])
     return ax
 
 
@@ -152,12 +79,12 @@ def latent_scatter(
     Raises:
         ValueError: another shape, values that are not finite, or more than 20 classes.
     """
-    points = _array(latents)
+    points = as_array(latents)
     if points.ndim != 2 or points.shape[0] < 2 or points.shape[1] < 2:
         raise ValueError(f"Expected latents of shape (N, D) with N, D >= 2, got {points.shape}.")
     if not np.isfinite(points).all():
         raise ValueError("Expected finite latents, got NaN or infinity among them. Check the encoder.")
-    classes = np.zeros(len(points), dtype=int) if labels is None else _array(labels)
+    classes = np.zeros(len(points), dtype=int) if labels is None else as_array(labels)
     names = np.unique(classes)
     if classes.shape != (len(points),) or len(names) > _MOST_CLASSES:
         raise ValueError(
@@ -171,7 +98,7 @@ def latent_scatter(
             f"{which} direction of greatest variance ({share:.0%})"
             for which, share in zip(("first", "second"), shares, strict=True)
         )
-    ax = _axes(ax, (6.4, 5.2))
+    ax = axes_or_new(ax, (6.4, 5.2))
     size = 3.5 if len(points) <= 2000 else 2.0
     for i, name in enumerate(names):
         x, y = points[classes == name].T
@@ -180,54 +107,9 @@ def latent_scatter(
         (dots,) = ax.plot(x, y, marker, color=colour, markersize=size, label=str(name), rasterized=True)
         dots.set(markeredgewidth=0, alpha=0.7)
     ax.set_aspect("equal", adjustable="datalim")
-    _label(ax, x_label, y_label)
+    label_axes(ax, x_label, y_label)
     if labels is not None:
         ax.legend(title="class", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, markerscale=7 / size)
-    return ax
-
-
-def manifold(decode: Callable[[Tensor], Tensor | np.ndarray], *, size: int = 15, ax: Axes | None = None) -> Axes:
-    """Draws the manifold of a two-dimensional latent space: a grid, decoded (Kingma & Welling, 2014).
-
-    The latents stand at equally spaced quantiles of the standard normal prior, so that each tile has the same
-    share of the prior's probability. z1 grows to the right, z2 upwards.
-
-    Args:
-        decode: latents (M, 2), float32 on the CPU, to images (M, H, W) or (M, C, H, W) with C = 1 or 3, in
-            [0, 1], where M = size * size; for example `lambda z: vae.decode(z).mean`. Called once, without
-            gradients.
-        size: images along each side.
-        ax: where to draw.
-
-    Raises:
-        ValueError: `decode` returns something else.
-
-    Example:
-        >>> from matplotlib.figure import Figure
-        >>> decode = lambda z: torch.sigmoid(z[:, 0])[:, None, None].expand(-1, 8, 8)
-        >>> ax = manifold(decode, size=5, ax=Figure().subplots())
-        >>> ax.images[0].get_array().shape
-        (40, 40)
-    """
-    if size < 1:
-        raise ValueError(f"Expected at least one image along each side, got size={size}.")
-    share = torch.linspace(0.5 / size, 1.0 - 0.5 / size, size, dtype=torch.float64)
-    quantiles = torch.special.ndtri(share).float()
-    # Pictures are filled row by row from the top, and z2 is greatest there.
-    z2, z1 = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
-    with torch.no_grad():
-        tiles = _images(decode(torch.stack([z1.flatten(), z2.flatten()], dim=1)))
-    if len(tiles) != size * size:
-        raise ValueError(f"Expected {size * size} images from decode, one per latent, got {len(tiles)}.")
-    ax = _show_tiles(tiles, size, 0, ax)
-    height, width = tiles.shape[1:3]
-    shown = np.unique(np.linspace(0, size - 1, min(size, 5)).round().astype(int))
-    names = [f"{quantiles[i]:.1f}".replace("-", "−").replace("−0.0", "0.0") for i in shown]
-    ax.set_xticks((shown + 0.5) * width - 0.5, names)
-    ax.set_yticks((size - shown - 0.5) * height - 0.5, names)
-    ax.tick_params(length=3)
-    ax.set_xlabel("$z_1$")
-    ax.set_ylabel("$z_2$")
     return ax
 
 
@@ -262,8 +144,8 @@ def estimate_against_samples(
         >>> ax.get_xscale()
         'log'
     """
-    samples, values = _array(num_samples), _array(log_px)
-    errors = None if standard_error is None else _array(standard_error)
+    samples, values = as_array(num_samples), as_array(log_px)
+    errors = None if standard_error is None else as_array(standard_error)
     shapes = {array.shape for array in (samples, values, errors) if array is not None}
     if len(shapes) != 1 or samples.ndim != 1 or samples.size == 0 or samples.min() < 1:
         raise ValueError(
@@ -272,17 +154,17 @@ def estimate_against_samples(
         )
     order = np.argsort(samples)
     samples, values = samples[order], values[order]
-    ax = _axes(ax, (6.0, 3.8))
+    ax = axes_or_new(ax, (6.0, 3.8))
     if errors is not None:
         label = f"{label} ± 2 standard errors"
-    (line,) = ax.plot(samples, values, marker="o", markersize=4, label=label)
+    (line,) = ax.plot(samples, values, marker="o", markersize=4, color=_COLOURS[len(ax.lines) % 10], label=label)
     if errors is not None:
         band = 2.0 * errors[order]
         ax.fill_between(samples, values - band, values + band, color=line.get_color(), alpha=0.2, linewidth=0)
     if exact is not None:
         ax.axhline(exact, color="black", linestyle="--", linewidth=1.2, label="exact")
     ax.set_xscale("log")
-    _label(ax, "samples per datum", "log p(x) (nats per datum)")
+    label_axes(ax, "samples per datum", "log p(x) (nats per datum)")
     ax.legend()
     return ax
 
@@ -302,10 +184,10 @@ def pareto_k(k: Tensor | np.ndarray, *, ax: Axes | None = None) -> Axes:
     Raises:
         ValueError: another shape, or no datum.
     """
-    values = _array(k)
+    values = as_array(k)
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"Expected one Pareto k per datum, of shape (N,), got shape {values.shape}.")
-    ax = _axes(ax, (6.0, 3.8))
+    ax = axes_or_new(ax, (6.0, 3.8))
     rank = np.empty(len(values), dtype=int)
     rank[np.argsort(values)] = np.arange(1, len(values) + 1)
     good, fair = values <= 0.5, (values > 0.5) & (values <= 0.7)
@@ -324,72 +206,9 @@ def pareto_k(k: Tensor | np.ndarray, *, ax: Axes | None = None) -> Axes:
         ax.axhline(threshold, color="black", linestyle="--", linewidth=0.9)
     ax.set_xlim(0, len(values) + 1)
     ax.locator_params(axis="x", integer=True)
-    _label(ax, "datum, in order of k", "Pareto k")
+    label_axes(ax, "datum, in order of k", "Pareto k")
     # Below the ticks and the label of the axis, whose height is in letters and not in parts of the picture.
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), borderaxespad=3.5, frameon=False)
-    return ax
-
-
-def _axes(ax: Axes | None, figsize: tuple[float, float]) -> Axes:
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot  # here, because it would slow the start of every program
-
-    return pyplot.subplots(figsize=figsize, layout="constrained")[1]
-
-
-def _label(ax: Axes, x_label: str, y_label: str) -> None:
-    ax.set_xlabel(x_label)
-    ax.set_ylabel(y_label)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="0.9", linewidth=0.8)
-    ax.set_axisbelow(True)
-
-
-def _array(values: Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        # NumPy has no bfloat16.
-        return values.float().numpy() if values.dtype == torch.bfloat16 else values.numpy()
-    return np.asarray(values)
-
-
-def _images(images: Tensor | np.ndarray) -> np.ndarray:
-    """Images as (N, H, W, 3) or (N, H, W), in [0, 1]."""
-    array = _array(images)
-    if array.ndim == 4 and array.shape[1] == 3:
-        array = array.transpose(0, 2, 3, 1)
-    elif array.ndim == 4 and array.shape[1] == 1:
-        array = array[:, 0]
-    elif array.ndim != 3:
-        raise ValueError(f"Expected images of shape (N, H, W) or (N, C, H, W) with C = 1 or 3, got {array.shape}.")
-    if array.size == 0:
-        raise ValueError(f"Expected at least one image, got shape {array.shape}.")
-    array = array.astype(np.float64)
-    if array.max() > 1.0 and np.array_equal(array, array.round()):
-        raise ValueError(
-            f"Expected images in [0, 1], got whole numbers up to {array.max():.0f}, which look like levels. "
-            "Divide them by the highest level."
-        )
-    return array.clip(0.0, 1.0)
-
-
-def _show_tiles(tiles: np.ndarray, columns: int, gap: int, ax: Axes | None) -> Axes:
-    """Draws tiles (N, H, W, ...) row by row, with white between them and in the places that stay empty."""
-    rows = math.ceil(len(tiles) / columns)
-    height, width = tiles.shape[1:3]
-    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap)
-    picture = np.ones(shape + tiles.shape[3:])
-    for i, tile in enumerate(tiles):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        picture[top : top + height, left : left + width] = tile
-    scale = 6.0 / max(shape)
-    ax = _axes(ax, (max(shape[1] * scale, 1.5) + 0.4, max(shape[0] * scale, 1.0) + 0.4))
-    ax.imshow(picture, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
     return ax
 
 
