@@ -13,6 +13,8 @@ import pytest
 import torch
 
 matplotlib.use("agg")
+# The tests' networks are too small to share: two threads would mostly wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
