@@ -5,7 +5,7 @@ says what is believed, the right side does inference with whatever pair it is gi
 
        programs (what is believed)                  inference (what is done with any pair)
     0  networks  likelihoods  priors  posteriors    scoring  pareto
-    1  coin  vae  linear_gaussian                   evidence  parameters
+    1  coin  vae  linear_gaussian                   evidence  parameters  batches
     2  autoencoder                                  training
     3  storage
 
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppl_vae import (
         autoencoder,
+        batches,
         cli,
         coin,
         data,
@@ -68,6 +69,7 @@ __all__ = [
     "History",
     "LinearGaussian",
     "autoencoder",
+    "batches",
     "bits_per_dim",
     "cli",
     "coin",

@@ -95,7 +95,8 @@ class Evidence:
             ),
         ]
         title = f"Importance sampling: {len(self.log_px)} data, {self.num_samples} samples each"
-        lines = [f"{name:<18}{value:>12}  {unit}" for name, value, unit in rows]
+        # One datum has no spread over data, one sample none over samples.
+        lines = [f"{name:<18}{'–' if value in ('nan', '-nan') else value:>12}  {unit}" for name, value, unit in rows]
         return "\n".join([title, *lines, *(f"! {warning}" for warning in self.warnings())])
 
     def warnings(self) -> list[str]:
@@ -147,8 +148,9 @@ def importance_sampling(
     rises to log p(x) with K (Burda et al., 2016). Weights are added up in float64 and streamed, so that memory
     depends neither on the number of samples nor on the number of data; the guide runs once per datum.
 
-    Nothing of the pair is changed: modules are put in evaluation mode and back, gradients are off, and the global
-    random state is restored. The same seed gives the same draws for any `max_rows`; the sums then agree to rounding.
+    Nothing of the pair is changed: modules are put in evaluation mode and back, gradients are off, the global random
+    state and Pyro's parameter store are restored. The same seed gives the same draws for any `max_rows`; the sums then
+    agree to rounding.
 
     Args:
         model: p(x, z), a Pyro program whose sites all lie in one plate over the data: a module, a bound method or a
@@ -165,9 +167,9 @@ def importance_sampling(
 
     Raises:
         TypeError: when the data are not a tensor.
-        ValueError: for no data or NaN in them; for a pair with no log weight per datum (a latent outside the plate, a
-            guide without density, a scaled site, names that differ, ...); for weights that are NaN or +∞; each with
-            the site's name.
+        ValueError: for no data, NaN in them, or tensors of different lengths; for a pair with no log weight per datum
+            (a latent outside the plate, a guide without density, a scaled site, names that differ, a datum whose
+            density depends on its batch, ...); for weights that are NaN or +∞; with the site's name.
 
     References:
         Burda, Grosse & Salakhutdinov, Importance Weighted Autoencoders, 2016. https://arxiv.org/abs/1509.00519
@@ -181,12 +183,13 @@ def importance_sampling(
         >>> bool(((evidence.log_px - lg.log_px(x)).abs() < 4.5 * evidence.standard_error).all())
         True
     """
-    if not isinstance(num_samples, int) or num_samples < 1:
+    if not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
         raise ValueError(f"num_samples must be an integer of at least 1; got {num_samples!r}.")
     num_data = scoring.check_data(*args)
     # One seed for each block, so that no block's draws depend on what was computed before it.
-    root = int(torch.randint(2**62, ())) if seed is None else seed
-    with isolation.evaluation(seed=0):
+    root = (int(torch.randint(2**62, ())) if seed is None else seed) % 2**64
+    store = pyro.get_param_store()
+    with isolation.evaluation(model, guide, seed=0), store.scope(store.get_state()):
         pair = Pair(model, guide, *args)
         block = max(16, min(1024, BLOCK_ROWS // num_samples)) if pair.splits else num_data
         pace = _Pace(max_rows)
@@ -286,8 +289,8 @@ class _Pace:
     """Cuts samples into runs of the number of rows that scores most rows a second, found by timing the first runs."""
 
     def __init__(self, max_rows: int | None) -> None:
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1; got {max_rows!r}.")
+        if max_rows is not None and not (isinstance(max_rows, (int, np.integer)) and max_rows >= 1):
+            raise ValueError(f"max_rows must be an integer of at least 1; got {max_rows!r}.")
         self.rows = max_rows
         # Each size twice: the first run of any size pays for memory not yet allocated.
         self.trials = [] if max_rows else [*CANDIDATE_ROWS, *CANDIDATE_ROWS]

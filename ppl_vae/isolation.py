@@ -35,11 +35,16 @@ def on_call(action: Callable[[nn.Module], object]) -> Iterator[None]:
 
 
 @contextmanager
-def evaluation(seed: int | None = None) -> Iterator[None]:
+def evaluation(*programs: object, seed: int | None = None) -> Iterator[None]:
     """No gradients; every module that is called is in evaluation mode; random numbers start from `seed`.
 
     On leaving, training modes and the random state of every device are as they were. With `seed=None` the random
     state is used and moved as usual.
+
+    Args:
+        *programs: what will run. Modules among them, and modules whose methods they are, are put in evaluation mode
+            as a whole: one that is never called itself may still ask for its own mode.
+        seed: of random numbers.
 
     Example:
         >>> dropout = nn.Dropout(0.5)
@@ -52,11 +57,18 @@ def evaluation(seed: int | None = None) -> Iterator[None]:
     switched: list[nn.Module] = []
 
     def switch(module: nn.Module) -> None:
-        if module.training:
-            module.training = False
-            switched.append(module)
+        # What a scripted module calls is not seen from here.
+        parts = module.modules() if isinstance(module, torch.jit.ScriptModule) else [module]
+        for part in parts:
+            if part.training:
+                part.training = False
+                switched.append(part)
 
     try:
+        for program in programs:
+            owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
+            for module in owner.modules() if isinstance(owner, nn.Module) else []:
+                switch(module)
         with torch.no_grad(), on_call(switch), seeded(seed):
             yield
     finally:

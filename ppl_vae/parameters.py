@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import pyro
 from pyro import poutine
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ppl_vae import isolation, scoring
@@ -34,37 +36,77 @@ def find(model: Program, guide: Program, batch: tuple[Any, ...]) -> tuple[Parame
         >>> pyro.clear_param_store()
     """
     called: dict[nn.Module, None] = {}
-    with isolation.evaluation(), isolation.on_call(lambda module: called.setdefault(module)):
+    with isolation.evaluation(model, guide), isolation.on_call(lambda module: called.setdefault(module)):
         guide_trace = poutine.trace(guide).get_trace(*batch)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
-    nodes = {**guide_trace.nodes, **model_trace.nodes}
-    param_sites: dict[str, Any] = {name: site["value"] for name, site in nodes.items() if site["type"] == "param"}
-    parameters = _gather(model, guide, param_sites)
-    _check_registered(list(called), parameters, param_sites)
-    return parameters, list(called), scoring.scored_sites(model_trace)
-
-
-def _gather(model: Program, guide: Program, param_sites: dict[str, Tensor]) -> Parameters:
-    """Every parameter that asks for a gradient, by name, each tensor once."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for label, program in (("model", model), ("guide", guide)):
-        owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
-        if isinstance(owner, nn.Module):
-            for name, parameter in owner.named_parameters():
-                found.setdefault(id(parameter), (f"{label}.{name}", parameter))
-    owned = {name for name, _ in found.values()}
-    for name, value in param_sites.items():
-        if owned.isdisjoint({f"model.{name}", f"guide.{name}"}):  # else the store's own, of an earlier PyroModule
-            # The store trains the unconstrained leaf under a constrained parameter.
-            leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-            found.setdefault(id(leaf), (name.replace("$$$", "."), leaf))
-    parameters = {name: p for name, p in found.values() if p.requires_grad}
+    parameters = {**_of_program("model", model, model_trace), **_of_program("guide", guide, guide_trace)}
+    unique = {id(p): name for name, p in reversed(parameters.items()) if p.requires_grad}
+    parameters = {name: p for name, p in parameters.items() if unique.get(id(p)) == name}
     if not parameters:
         raise RuntimeError(
             "There is nothing to train: the pair has no parameter that asks for a gradient. Give modules, or register "
             'networks inside the functions: `pyro.module("decoder", decoder)`.'
         )
-    return parameters
+    param_sites = {**_param_sites(model_trace), **_param_sites(guide_trace)}
+    _check_registered(list(called), parameters, param_sites)
+    return parameters, list(called), scoring.scored_sites(model_trace)
+
+
+def check_graph(loss: Tensor, parameters: Parameters) -> None:
+    """Refuses a tensor that takes part in the loss and asks for a gradient, but would not be trained.
+
+    Raises:
+        RuntimeError: with the shape of the tensor, for it has no name.
+    """
+    trained = {id(p) for p in parameters.values()}
+    seen: set[Any] = set()
+    to_visit = [loss.grad_fn]
+    while to_visit:
+        node = to_visit.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        to_visit.extend(following for following, _ in node.next_functions)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in trained:
+            raise RuntimeError(
+                f"A tensor of shape {tuple(leaf.shape)} takes part in the loss and asks for a gradient, but nothing "
+                "registers it, so it would not be trained. Give it a name inside the program with pyro.param or "
+                "pyro.module, or freeze it with requires_grad_(False)."
+            )
+
+
+def check_store(known: set[str]) -> None:
+    """Refuses parameters that came into Pyro's store after the optimiser was made.
+
+    Raises:
+        RuntimeError: with their names.
+    """
+    late = sorted(set(pyro.get_param_store().keys()) - known)
+    if late:
+        raise RuntimeError(
+            f"'{late[0].replace('$$$', '.')}' was first asked for after the first batch and would not be "
+            "trained. Ask for every parameter in every run of the programs."
+        )
+
+
+def _param_sites(trace: poutine.Trace) -> dict[str, Any]:
+    return {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "param"}
+
+
+def _of_program(label: str, program: Program, trace: poutine.Trace) -> Parameters:
+    """The parameters of one program by name: its module's, and those it asks the parameter store for."""
+    owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
+    found: Parameters = {}
+    if isinstance(owner, nn.Module):
+        found = {f"{label}.{name}": parameter for name, parameter in owner.named_parameters()}
+    for name, value in _param_sites(trace).items():
+        # A PyroModule runs with its own parameters, whatever an earlier one left in the store under their names.
+        if not (isinstance(owner, PyroModule) and f"{label}.{name}" in found):
+            # The store trains the unconstrained leaf under a constrained parameter.
+            leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+            found.setdefault(name.replace("$$$", "."), leaf)
+    return found
 
 
 def _check_registered(called: list[nn.Module], parameters: Parameters, param_sites: dict[str, Any]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -21,15 +22,16 @@ from pyro.infer import (
     JitTraceMeanField_ELBO,
     Trace_ELBO,
 )
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm.auto import tqdm
 
 from ppl_vae import isolation, parameters, scoring
+from ppl_vae.batches import Batch, Batches, as_tuple
 from ppl_vae.scoring import Program
 
-Batch = tuple[Any, ...]
 RECORDED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 
 
@@ -115,15 +117,21 @@ def fit(
     """
     if patience is not None and validation is None:
         raise ValueError("Early stopping (patience) needs validation data; pass validation=x_valid.")
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs must be an integer of at least 1; got {epochs!r}.")
-    batches = _Batches(data, batch_size)
-    held_out = None if validation is None else _Batches(_as_tuple(validation), batch_size)
+    for name, number in (("epochs", epochs), ("patience", patience)):
+        if number is not None and not (isinstance(number, (int, np.integer)) and number >= 1):
+            raise ValueError(f"{name} must be an integer of at least 1; got {number!r}.")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm is the largest norm a gradient may have and must be positive; got {clip_norm!r}.")
+    objective = Trace_ELBO() if objective is None else objective
+    if not isinstance(objective, ELBO):
+        raise TypeError(f"objective must be an instance of a pyro.infer.ELBO, such as Trace_ELBO(); got {objective!r}.")
+    batches = Batches(data, batch_size)
+    held_out = None if validation is None else Batches(as_tuple(validation), batch_size)
     rate = learning_rate if callable(learning_rate) else lambda _: learning_rate
     history, began = History(), time.perf_counter()
     with isolation.seeded(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # said below, with the site
-        trained = _Trained(model, guide, Trace_ELBO() if objective is None else objective, next(batches.ordered()))
+        trained = _Trained(model, guide, objective, batches)
         optimizer = torch.optim.Adam(trained.parameters.values(), lr=rate(0.0), fused=True)
         best, best_state, waited = inf, trained.state(), 0
         quiet = {} if progress else {"disable": True}  # else the environment's TQDM_DISABLE has the say
@@ -140,6 +148,7 @@ def fit(
                         total, count = total + loss * len(batch[0]), count + len(batch[0])
                 history.loss.append(total / count)
                 total, count = 0.0, 0
+                parameters.check_store(trained.stored)
                 if held_out is None:
                     bar.set_postfix(loss=f"{history.loss[-1]:.3f}")
                     continue
@@ -168,16 +177,26 @@ def fit(
 class _Trained:
     """A pair and an objective, with every parameter that a step changes."""
 
-    def __init__(self, model: Program, guide: Program, objective: Any, batch: Batch) -> None:
+    def __init__(self, model: Program, guide: Program, objective: Any, batches: Batches) -> None:
         self.model, self.guide, self.objective = model, guide, objective
         self.first = True
+        batch = next(batches.ordered())
         _check_arguments(model, batch)
-        self.parameters, called, sites = parameters.find(model, guide, batch)
-        self.buffers = list({id(b): b for module in called for b in module.buffers()}.values())
-        frame = scoring.data_plate(sites, len(batch[0]))
+        self.parameters, self.called, sites = parameters.find(model, guide, batch)
+        self.stored = set(pyro.get_param_store().keys())
+        self.last_good = self.state()
         # With plate(N, subsample_size=B) the loss of a batch is an estimate for all N data.
-        subsampled = frame is not None and frame.full_size not in (None, frame.size)
-        self.num_data = frame.full_size if subsampled else None
+        names = scoring.data_plates(sites, len(batch[0]))
+        frames = {f for site in sites.values() for f in site["cond_indep_stack"] if f.name in names}
+        self.num_data = max((f.full_size for f in frames if f.full_size not in (None, f.size)), default=None)
+        if isinstance(guide, (AutoGuide, GuideMessenger)) and len(batches) > 1 and self.num_data is None:
+            inside = [n for n, s in sites.items() if not s["is_observed"] and frames & set(s["cond_indep_stack"])]
+            if inside:
+                raise ValueError(
+                    f"{type(guide).__name__} has a parameter of '{inside[0]}' for each datum of a batch, and there are "
+                    f"{len(batches)} batches. Train on all the data at once, with batch_size=len(x), or write a guide "
+                    "with an encoder."
+                )
         self.recorded_size = len(batch[0]) if isinstance(objective, RECORDED) else None
 
     def per_datum(self, loss: Any, batch: Batch) -> Any:
@@ -198,7 +217,7 @@ class _Trained:
         except ValueError as error:
             # With validation on, NaN parameters are refused by the distributions before a loss comes of them.
             self._raise_if_not_finite(batch, state, where)
-            raise ValueError(f"In {where}: {error.__cause__ or error}") from error
+            raise ValueError(f"In {where}: {_said(error)}") from error
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         if self.first:
             parameters.check_gradients(self.parameters, gradients, self.objective)
@@ -206,11 +225,13 @@ class _Trained:
         norm = get_total_norm(gradients.values())
         if not (isfinite(loss) and norm.isfinite()):
             self._raise_if_not_finite(batch, state, where)
+            self.restore(self.last_good)
             bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             what = f"The gradient of {bad[0]}" if isfinite(loss) and bad else "The loss"
             raise RuntimeError(f"{what} is no longer finite in {where}. {_REMEDY}")
         if clip_norm is not None:
             clip_grads_with_norm_(self.parameters.values(), clip_norm, norm)
+        self.last_good = self.state()
         optimizer.step()
         return loss
 
@@ -220,97 +241,75 @@ class _Trained:
             loss = self.per_datum(self.objective.differentiable_loss(self.model, self.guide, *batch), batch)
             if not torch.is_tensor(loss) or not loss.requires_grad:
                 return float(loss)
+            if self.first:
+                parameters.check_graph(loss, self.parameters)
             loss.backward()
             return loss.item()
         loss = self.objective.loss_and_grads(self.model, self.guide, *batch)
+        if isinstance(loss, tuple):
+            raise TypeError(
+                f"{type(self.objective).__name__} has a loss for each program, which one optimiser cannot lower "
+                "together. Train with pyro.infer.SVI."
+            )
         for p in self.parameters.values():
             if p.grad is not None:
                 p.grad = self.per_datum(p.grad, batch)
         return float(self.per_datum(loss, batch))
 
-    def evaluate(self, batches: _Batches) -> float:
+    def evaluate(self, batches: Batches) -> float:
         """The loss per datum over all batches, with the same random numbers every time."""
-        with isolation.evaluation(seed=0):
-            batch_losses = [
-                (self.per_datum(self.objective.loss(self.model, self.guide, *b), b), len(b[0]))
-                for b in batches.ordered()
-            ]
-        return float(sum(loss * size for loss, size in batch_losses) / sum(size for _, size in batch_losses))
+        total, count = 0.0, 0
+        with isolation.evaluation(self.model, self.guide, seed=0):
+            for batch in batches.ordered():
+                try:
+                    loss = float(self.per_datum(self.objective.loss(self.model, self.guide, *batch), batch))
+                except ValueError as error:
+                    raise ValueError(f"In the validation data: {_said(error)}") from error
+                total, count = total + loss * len(batch[0]), count + len(batch[0])
+        return total / count
+
+    def _tensors(self) -> list[Tensor]:
+        """Every parameter and buffer; buffers by way of their modules, which may replace them."""
+        buffers = {id(b): b for module in self.called for b in module.buffers(recurse=False)}
+        return [*self.parameters.values(), *buffers.values()]
 
     def state(self) -> list[Tensor]:
         """A copy of every parameter and buffer."""
-        return [t.detach().clone() for t in (*self.parameters.values(), *self.buffers)]
+        return [t.detach().clone() for t in self._tensors()]
 
     def restore(self, state: list[Tensor]) -> None:
         with torch.no_grad():
-            for tensor, value in zip((*self.parameters.values(), *self.buffers), state, strict=True):
+            for tensor, value in zip(self._tensors(), state, strict=True):
                 tensor.copy_(value)
 
     def _raise_if_not_finite(self, batch: Batch, state: Tensor, where: str) -> None:
         """Runs the pair again with the same random numbers, and names the first site that is not finite."""
+        if not all(torch.isfinite(a).all() for a in batch if torch.is_tensor(a)):
+            raise ValueError(f"In {where} the data hold NaN or infinite values. Fill missing values first.")
         torch.set_rng_state(state)
-        with isolation.evaluation(), pyro.validation_enabled(False):
+        with isolation.evaluation(self.model, self.guide), pyro.validation_enabled(False):
             guide_trace = poutine.trace(self.guide).get_trace(*batch)
             model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*batch)
             for program, trace in (("guide", guide_trace), ("model", model_trace)):
                 for name, site in scoring.scored_sites(trace).items():
                     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
                     if not (torch.isfinite(site["value"]).all() and torch.isfinite(log_prob).all()):
+                        self.restore(self.last_good)
                         raise RuntimeError(
                             f"The loss is no longer finite in {where}: site '{name}' of the {program} has values or "
                             f"log-probabilities that are NaN or infinite. {_REMEDY}"
                         )
 
 
+def _said(error: ValueError) -> str:
+    """What a distribution said, without the trace of shapes that Pyro adds to it."""
+    return str(error.__cause__ or error).split("\nTrace Shapes")[0]
+
+
 _REMEDY = (
-    "The weights are those before this step. Lower the learning rate, clip the gradient (clip_norm=10.0, say), or put "
-    "a floor under the scales."
+    "The weights are those of the last step whose loss was finite. Lower the learning rate, clip the gradient "
+    "(clip_norm=10.0, say), or put a floor under the scales."
 )
-
-
-class _Batches:
-    """Batches as tuples of arguments, in random order when iterated, in their own order from `ordered`."""
-
-    def __init__(self, data: tuple[Any, ...], batch_size: int) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be an integer of at least 1; got {batch_size!r}.")
-        self.source = data[0] if len(data) == 1 else None
-        if isinstance(self.source, DataLoader):
-            self.num_data, self.size = len(self.source) * (self.source.batch_size or 1), self.source.batch_size or 1
-        elif isinstance(self.source, Dataset):
-            self.num_data, self.size = len(self.source), batch_size  # type: ignore[arg-type]
-        else:
-            self.source = None
-            self.data, self.num_data, self.size = data, scoring.check_data(*data), batch_size
-        if self.num_data == 0:
-            raise ValueError(f"There are no data: the {type(self.source).__name__} is empty.")
-
-    def __len__(self) -> int:
-        return len(self.source) if isinstance(self.source, DataLoader) else -(-self.num_data // self.size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self._over(torch.randperm)
-
-    def ordered(self) -> Iterator[Batch]:
-        return self._over(torch.arange)
-
-    def _over(self, order: Callable[[int], Tensor]) -> Iterator[Batch]:
-        if isinstance(self.source, DataLoader):
-            yield from map(_as_tuple, self.source)
-            return
-        # All the data in one batch keep their order: an autoguide has a parameter for each datum, in that order.
-        indices = order(self.num_data) if self.num_data > self.size else torch.arange(self.num_data)
-        for index in indices.split(self.size):
-            if isinstance(self.source, TensorDataset):
-                yield _as_tuple(self.source[index])
-            elif self.source is not None:
-                yield _as_tuple(torch.utils.data.default_collate([self.source[i] for i in index.tolist()]))
-            else:
-                yield scoring.rows(self.data, index)
-
-
-def _as_tuple(batch: Any) -> Batch:
-    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
 
 
 def _check_arguments(model: Program, batch: Batch) -> None:

@@ -161,11 +161,11 @@ class VAE(nn.Module):
         Returns:
             `(num_samples, *data_shape)`. The same seed gives the same data; None uses the global random state.
         """
-        with isolation.evaluation(seed):
+        with isolation.evaluation(self, seed=seed):
             p = self.decode(self.prior().sample((num_samples,)))
             return p.mean if mean else p.sample()
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """The mean of p(x given z) at the mean z of q(z given x): `(*batch, *data_shape)`, in the units of the data."""
-        with isolation.evaluation():
+        with isolation.evaluation(self):
             return self.decode(self.encode(x).mean).mean

@@ -163,7 +163,7 @@ def one_sample_at_a_time(lg: LinearGaussian, q: Q) -> tuple[Any, Any]:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", prior(lg))
-            if z.dim() != 2 or len(z) not in (3, NUM_DATA):
+            if z.dim() != 2 or len(z) not in (3, 6, NUM_DATA):
                 raise ValueError("one batch at a time")
             pyro.sample("x", conditional(lg, z).to_event(1), obs=x)
 

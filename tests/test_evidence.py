@@ -9,6 +9,7 @@ from collections.abc import Callable
 from math import inf, log, sqrt
 from typing import Any
 
+import numpy as np
 import pairs
 import pyro
 import pyro.distributions as dist
@@ -266,6 +267,13 @@ def test_the_first_data_do_not_depend_on_the_rest(lg: Any) -> None:
     torch.testing.assert_close(whole.log_px[:16], part.log_px, rtol=0, atol=1e-10)
 
 
+def test_any_integer_is_a_seed_and_a_number_of_samples(lg: Any) -> None:
+    x = pairs.simulated(lg)
+    for seed in (-5, 2**64 + 1):
+        found = importance_sampling(lg.model, lg.guide, x, num_samples=np.int64(3), seed=seed)
+        assert (found.log_px - lg.log_px(x)).abs().max() < 1e-9
+
+
 def test_seeds(lg: Any) -> None:
     x, guide = pairs.simulated(lg), lg.perturbed_guide()
     one, same, other = (importance_sampling(lg.model, guide, x, num_samples=100, seed=s).log_px for s in (1, 1, 2))
@@ -288,9 +296,12 @@ def test_nothing_is_changed_by_evaluation() -> None:
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     vae.guide.eval()
     state = torch.get_rng_state()
+    kept = pyro.param("model$$$mine", torch.tensor(1.5))
     one, two = (importance_sampling(vae.model, vae.guide, x, num_samples=50) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one.log_px, two.log_px)
+    assert list(pyro.get_param_store()) == ["model$$$mine"]
+    assert pyro.param("model$$$mine") is kept
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
     assert all(module.training for module in decoder.modules())
     assert not vae.guide.encoder.training
@@ -383,7 +394,7 @@ def test_refusals(lg: Any) -> None:
     for bad in (0, -3, 2.5):
         with pytest.raises(ValueError, match="num_samples must be an integer of at least 1"):
             importance_sampling(lg.model, lg.guide, x, num_samples=bad)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="max_rows must be at least 1"):
+    with pytest.raises(ValueError, match="max_rows must be an integer of at least 1"):
         importance_sampling(lg.model, lg.guide, x, max_rows=0)
     with pytest.raises(ValueError, match="NaN or infinite"):
         importance_sampling(lg.model, lg.guide, x * float("nan"))

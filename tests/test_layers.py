@@ -19,7 +19,7 @@ PROGRAMS = [
     ["autoencoder"],
     ["storage"],
 ]
-INFERENCE = [["scoring", "pareto"], ["evidence", "parameters"], ["training"], []]
+INFERENCE = [["scoring", "pareto"], ["evidence", "parameters", "batches"], ["training"], []]
 NEITHER = [["isolation", "data", "files", "plots"], ["reporting"]]
 BOTH = ["cli", "__init__"]
 

@@ -19,14 +19,15 @@ from pyro.infer import (
     SVI,
     JitTrace_ELBO,
     RenyiELBO,
+    ReweightedWakeSleep,
     Trace_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ppl_vae import coin, training
 from ppl_vae.autoencoder import Autoencoder
@@ -515,8 +516,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(x: Tensor) -
     def model(x: Tensor) -> None:
         pyro.module("decoder", vae.decoder)
         poison = torch.nan if next(calls) >= 9 else 0.0
-        if poison != poison and not good:
-            good.update(copied(vae))
+        if poison == 0.0:
+            good.update(copied(vae))  # the weights whose loss was finite last
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", vae.prior())
             pyro.sample("x", dist.Normal(vae.decoder(z) + poison, 1.0).to_event(1), obs=x)
@@ -698,6 +699,120 @@ def test_renyi_and_plain_modules_do_not_silently_stand_still(x: Tensor) -> None:
     model, guide, _ = plain_modules()
     with pytest.raises(RuntimeError, match="No parameter received a gradient from RenyiELBO"):
         fit(model, guide, x, objective=RenyiELBO(alpha=0.5), progress=False)
+
+
+def test_a_bare_tensor_that_asks_for_a_gradient_is_named(x: Tensor) -> None:
+    vae, offset = small_vae(), torch.zeros(3, 1, requires_grad=True)
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", vae.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", vae.prior())
+            pyro.sample("x", dist.Bernoulli(logits=vae.decoder(z) + offset.sum()).to_event(1), obs=x)
+
+    with pytest.raises(RuntimeError, match=r"A tensor of shape \(3, 1\) takes part in the loss.*pyro\.param"):
+        fit(model, vae.guide, x, progress=False)
+    offset.requires_grad_(False)
+    assert fit(model, vae.guide, x, epochs=1, progress=False).loss
+
+
+def test_a_module_and_the_store_may_use_one_name(x: Tensor) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, self.scale.exp()), obs=x)
+
+    def guide(x: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(0.1), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, scale))
+
+    model = Model()
+    fit(model, guide, x[:, 0], epochs=20, learning_rate=0.05, progress=False)
+    assert pyro.param("scale").item() > 0.2
+    assert model.scale.item() != 0
+
+
+def test_a_parameter_that_comes_late_is_named(x: Tensor) -> None:
+    vae, calls = small_vae(), itertools.count()
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", vae.decoder)
+        offset = pyro.param("late", torch.tensor(3.0)) if next(calls) > 2 else 0.0
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", vae.prior())
+            pyro.sample("x", dist.Bernoulli(logits=vae.decoder(z) + offset).to_event(1), obs=x)
+
+    with pytest.raises(RuntimeError, match="'late' was first asked for after the first batch"):
+        fit(model, vae.guide, x, batch_size=20, progress=False)
+
+
+def test_an_autoguide_in_several_batches_is_refused() -> None:
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg, num_data=53)
+    model = pairs.as_functions(lg, lg.posterior)[0]
+    for autoguide in (AutoNormal(model), AutoNormalMessenger(model)):
+        with pytest.raises(ValueError, match=r"has a parameter of 'z' for each datum.*batch_size=len\(x\)"):
+            fit(model, autoguide, x, batch_size=10, progress=False)
+
+
+def test_bad_options_are_refused(x: Tensor) -> None:
+    vae = small_vae()
+    for options, match in (
+        ({"patience": 0, "validation": x}, "patience must be an integer of at least 1; got 0"),
+        ({"clip_norm": -1.0}, "clip_norm .* must be positive; got -1.0"),
+        ({"clip_norm": 0.0}, "must be positive"),
+        ({"epochs": 1.5}, "epochs must be an integer"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            fit(vae.model, vae.guide, x, **options)
+    with pytest.raises(TypeError, match=r"objective must be an instance of a pyro\.infer\.ELBO"):
+        fit(vae.model, vae.guide, x, objective=Trace_ELBO)
+    with pytest.raises(TypeError, match="has a loss for each program"):
+        fit(vae.model, vae.guide, x, objective=ReweightedWakeSleep(), progress=False)
+    with pytest.raises(ValueError, match="argument 2 of the programs has 100 rows"):
+        fit(vae.model, vae.guide, x, torch.zeros(NUM_DATA - 1))
+
+
+def test_a_step_too_far_is_taken_back(x: Tensor) -> None:
+    """An enormous learning rate: the step that ruined the weights, and the statistics of the batch, are undone."""
+    vae = VAE(
+        (DATA_DIM,),
+        2,
+        likelihood=Gaussian(),
+        decoder=nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5), nn.Linear(5, DATA_DIM)),
+    )
+    before = copied(vae)
+    with pytest.raises(RuntimeError, match="no longer finite in epoch 1, batch 2"):
+        fit(vae.model, vae.guide, x, batch_size=50, learning_rate=1e30, progress=False)
+    parameters = {name for name, _ in vae.named_parameters()}
+    assert moved(vae, before).isdisjoint(parameters)
+    assert all(torch.isfinite(value).all() for value in vae.state_dict().values())
+
+
+def test_nan_in_a_dataset_is_the_datas_fault(x: Tensor) -> None:
+    vae = VAE((DATA_DIM,), 2, likelihood=Gaussian())
+    x[37, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"In epoch 1, batch \d+ the data hold NaN"):
+        fit(vae.model, vae.guide, TensorDataset(x), batch_size=10, progress=False)
+    with pytest.raises(ValueError, match="In the validation data"):
+        fit(vae.model, vae.guide, x[:20], validation=TensorDataset(x), progress=False)
+
+
+def test_data_without_a_length_are_refused(x: Tensor) -> None:
+    class Stream(IterableDataset[Tensor]):
+        def __iter__(self) -> Any:
+            return iter(x)
+
+    vae = small_vae()
+    for data in (Stream(), DataLoader(Stream(), batch_size=5)):
+        with pytest.raises(TypeError, match="An IterableDataset has no length"):
+            fit(vae.model, vae.guide, data)
 
 
 def test_nothing_of_fit_is_left_behind(x: Tensor) -> None:

@@ -10,7 +10,7 @@ dimension for each of the pair's `nesting` levels of plates.
 """
 
 from ppl_vae.scoring.data import check_data, rows
-from ppl_vae.scoring.inspection import data_plate
+from ppl_vae.scoring.inspection import data_plates
 from ppl_vae.scoring.pair import Pair, log_weights
 from ppl_vae.scoring.running import Program, Values, loop, particles, scored_sites, tiles
 
@@ -19,7 +19,7 @@ __all__ = [
     "Program",
     "Values",
     "check_data",
-    "data_plate",
+    "data_plates",
     "log_weights",
     "loop",
     "particles",

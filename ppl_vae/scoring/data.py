@@ -9,43 +9,53 @@ from torch import Tensor
 
 
 def check_data(*args: Any) -> int:
-    """The number of data, after checking that there are some and that the first tensor is finite.
+    """The number of data, after checking that there are some, one row for each in every tensor, and all finite.
+
+    Tensors without dimensions and arguments of other types say nothing of single data and pass unchecked.
 
     Raises:
         TypeError: when the first argument is not a tensor.
-        ValueError: for no data, or for NaN or infinite values.
+        ValueError: for no data, tensors of different lengths, or NaN or infinite values.
 
     Example:
-        >>> check_data(torch.zeros(5, 2))
+        >>> check_data(torch.zeros(5, 2), torch.arange(5), 0.5)
         5
     """
     if not args or not isinstance(args[0], Tensor):
-        got = type(args[0]).__name__ if args else "nothing"
+        got = type(args[0]).__name__ if args else "nothing: the data come after both the model and the guide"
         raise TypeError(f"The data must be a tensor with one row per datum; got {got}.")
     x = args[0]
     if x.numel() == 0 or x.dim() == 0:
         raise ValueError(f"There are no data: expected one row per datum; got a tensor of shape {tuple(x.shape)}.")
-    # Part by part: a mask of all the data would be as large as they are.
-    finite = torch.cat([torch.isfinite(part).reshape(len(part), -1).all(1) for part in x.split(1024)])
-    if not finite.all():
-        first = int((~finite).nonzero()[0])
-        raise ValueError(
-            f"The data must be finite; {int((~finite).sum())} of {len(x)} data hold NaN or infinite values, datum "
-            f"{first} the first. Fill missing values first: NaN spreads to every weight it meets."
-        )
+    for position, argument in enumerate(args, start=1):
+        if not is_per_datum(argument):
+            continue
+        if len(argument) != len(x):
+            raise ValueError(
+                f"Every tensor must have one row per datum; argument {position} of the programs has {len(argument)} "
+                f"rows, the first has {len(x)}. What all data share belongs into the programs themselves."
+            )
+        # Part by part: a mask of all the data would be as large as they are.
+        finite = torch.cat([torch.isfinite(part).reshape(len(part), -1).all(1) for part in argument.split(1024)])
+        if not finite.all():
+            first = int((~finite).nonzero()[0])
+            raise ValueError(
+                f"The data must be finite; {int((~finite).sum())} of {len(x)} data hold NaN or infinite values, datum "
+                f"{first} the first. Fill missing values first: NaN spreads to every weight it meets."
+            )
     return len(x)
 
 
 def rows(args: tuple[Any, ...], index: slice | Tensor) -> tuple[Any, ...]:
-    """The data `index` of every argument that has one row per datum; other arguments as they are.
+    """The data `index` of every tensor with rows; other arguments as they are.
 
     Example:
         >>> rows((torch.arange(3.0), torch.ones(3, 2), 0.5), slice(1))
         (tensor([0.]), tensor([[1., 1.]]), 0.5)
     """
-    return tuple(a[index] if is_per_datum(a, args) else a for a in args)
+    return tuple(a[index] if is_per_datum(a) else a for a in args)
 
 
-def is_per_datum(argument: Any, args: tuple[Any, ...]) -> bool:
-    """Whether an argument has as many rows as the first."""
-    return isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == len(args[0])
+def is_per_datum(argument: Any) -> bool:
+    """Whether an argument has a row for each datum: every tensor of one or more dimensions does."""
+    return isinstance(argument, Tensor) and argument.dim() > 0

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 
-from ppl_vae.scoring.running import Sites
+from ppl_vae.scoring.running import Sites, without_validation
 
 
 def matching_latents(model: Sites, guide: Sites) -> list[str]:
     """Names of the latents, after checking that the guide has a density for each of them and for nothing else."""
+    for name, site in guide.items():
+        if site["is_observed"]:
+            raise ValueError(
+                f"The guide observes '{name}' (an obs= or a factor), so it is no density q(z given x). Leave to the "
+                "model what is observed."
+            )
     latents = [name for name, site in model.items() if not site["is_observed"]]
     drawn = [name for name, site in guide.items() if not site["is_observed"]]
     for name in latents:
@@ -32,6 +40,15 @@ def matching_latents(model: Sites, guide: Sites) -> list[str]:
                 "there are no importance weights and no log p(x): this is an autoencoder or a MAP estimate. Use a "
                 "guide with a density, such as a VAE's."
             )
+        if any(isinstance(fn, dist.ImproperUniform) for fn in _layers(model[name])):
+            raise ValueError(
+                f"The prior of '{name}' is improper: it has no p(x). Give it a density that integrates to 1."
+            )
+        if _is_masked(model[name]) != _is_masked(guide[name]):
+            raise ValueError(
+                f"'{name}' is masked in one of the two programs only, so that its prior or its posterior is missing "
+                "from the weight. Mask it in both or in neither."
+            )
     for name in drawn:
         transformed = name.removesuffix("_unconstrained")
         of_autoguide = transformed != name and transformed in latents and is_delta(guide[transformed])
@@ -43,25 +60,22 @@ def matching_latents(model: Sites, guide: Sites) -> list[str]:
     return latents
 
 
-def data_plate(sites: Sites, num_data: int) -> Any:
-    """The frame of the plate over the data, as long as the data and around most sites; None without one."""
+def data_plates(sites: Sites, num_data: int) -> dict[str, int]:
+    """Name and dimension of the plates that are as long as the data and around most sites."""
     stacks = [site["cond_indep_stack"] for site in sites.values()]
     candidates = [f for stack in stacks for f in stack if f.vectorized and f.size == num_data]
-    return max(candidates, key=lambda f: (sum(f in s for s in stacks), f.name == "data"), default=None)
+    around = {f.name: sum(f in stack for stack in stacks) for f in candidates}
+    return {f.name: f.dim for f in candidates if around[f.name] == max(around.values())}
 
 
-def required_data_plate(model: Sites, num_data: int) -> tuple[str, int]:
-    """Name and dimension of the plate over the data."""
-    data = data_plate(model, num_data)
-    if data is None:
-        stacks = [site["cond_indep_stack"] for site in model.values()]
-        plates = sorted({f"{f.name} ({f.size})" for stack in stacks for f in stack}) or ["none"]
-        raise ValueError(
-            f"No plate of the model is over the {num_data} data, so nothing says which log-probabilities belong to "
-            f"which datum (sites: {list(model)}; plates: {', '.join(plates)}). Put every site in "
-            '`with pyro.plate("data", len(x)):`.'
-        )
-    return data.name, data.dim
+def no_plate(model: Sites, num_data: int) -> str:
+    """What is wrong with a model without a plate over the data."""
+    plates = sorted({f"{f.name} ({f.size})" for site in model.values() for f in site["cond_indep_stack"]}) or ["none"]
+    return (
+        f"No plate of the model is over the {num_data} data, so nothing says which log-probabilities belong to which "
+        f"datum (sites: {list(model)}; plates: {', '.join(plates)}). Put every site in "
+        '`with pyro.plate("data", len(x)):`.'
+    )
 
 
 def check_site(who: str, site: Any, plate: str, dim: int, num_data: int) -> None:
@@ -90,13 +104,16 @@ def check_site(who: str, site: Any, plate: str, dim: int, num_data: int) -> None
                 f"{who} is in the plate '{frame.name}', of whose {frame.full_size} elements only {frame.size} are "
                 "drawn. A part of a datum gives no unbiased p(x): use the whole plate."
             )
-    scale = prod((frame.full_size or frame.size) / frame.size for frame in frames.values())
-    if abs(float(site["scale"]) / scale - 1) > 1e-6:
+    of_plates = prod((frame.full_size or frame.size) / frame.size for frame in frames.values())
+    scale = torch.as_tensor(site["scale"]) / of_plates
+    if (scale - 1).abs().max() > 1e-6:
         raise ValueError(
-            f"{who} is scaled by {float(site['scale']) / scale:.4g} (`poutine.scale`), so that its density does not "
+            f"{who} is scaled by {scale.flatten()[0]:.4g} (`poutine.scale`), so that its density does not "
             "integrate to 1 and no log p(x) comes of it. Score the model without the scale; a weight on the KL "
             "belongs to the objective."
         )
+    if not site["is_observed"]:
+        without_validation(site["fn"])  # The guide may reach beyond the prior's support: the weight is 0 there.
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     declared = {frame.dim for frame in frames.values()}
     for axis in range(-log_prob.dim(), 0):
@@ -109,7 +126,17 @@ def check_site(who: str, site: Any, plate: str, dim: int, num_data: int) -> None
 
 
 def is_delta(site: Any) -> bool:
+    """Whether the site puts all of its probability at one point."""
+    return any(isinstance(fn, dist.Delta) for fn in _layers(site))
+
+
+def _is_masked(site: Any) -> bool:
+    return site["mask"] not in (None, True) or any(isinstance(fn, dist.MaskedDistribution) for fn in _layers(site))
+
+
+def _layers(site: Any) -> Iterator[Any]:
+    """The distribution of a site, and those it is made from."""
     fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
+    while fn is not None:
+        yield fn
+        fn = getattr(fn, "base_dist", None)

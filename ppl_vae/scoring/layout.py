@@ -19,12 +19,14 @@ class Layout:
         dim: its dimension, counted from the right of a site's batch shape.
         nesting: how many levels of plates there are; samples lie to the left of them all.
         ranks: how many plate dimensions each site of the guide has by itself.
+        most_rows: how long the plate over the data may be: N for `plate("data", N, subsample_size=len(x))`.
     """
 
     plate: str
     dim: int
     nesting: int
     ranks: dict[str, int]
+    most_rows: float
 
     def per_datum(self, log_probs: Iterable[Tensor], args: tuple[Any, ...]) -> Tensor:
         """Sums log-probabilities over all but samples and data, in float64: `(num_samples or 1, batch)`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -10,17 +11,19 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
+from ppl_vae import isolation
 from ppl_vae.scoring.data import check_data, rows
-from ppl_vae.scoring.inspection import check_site, is_delta, matching_latents, required_data_plate
+from ppl_vae.scoring.inspection import check_site, data_plates, is_delta, matching_latents, no_plate
 from ppl_vae.scoring.layout import Layout
 from ppl_vae.scoring.running import Program, Sites, Values, log_probs, loop, particles, run, scored_sites, tiles
 
 Strategy = Callable[[Layout, Program, tuple[Any, ...], Values, int], tuple[Values, Tensor]]
 
 # A few data and samples show every shape; the two differ so that neither can be taken for the other.
-PROBE_DATA, PROBE_SAMPLES = 3, 2
+PROBE_DATA, PROBE_SAMPLES = 6, 2
 
 
 def log_weights(model: Program, guide: Program, *args: Any, num_samples: int) -> Tensor:
@@ -67,10 +70,14 @@ class Pair:
     def __init__(self, model: Program, guide: Program, *args: Any) -> None:
         check_data(*args)
         self.model, self.guide = model, guide
-        # A program whose plate has a fixed size, such as an autoguide's, runs on all the data or not at all.
-        parts = [] if isinstance(guide, AutoGuide) else [rows(args, slice(PROBE_DATA))]
-        with pyro.validation_enabled(True):
-            for probe in [*parts, args]:
+        # An autoguide has parameters for each datum: it runs on all the data or not at all, as does a program whose
+        # plate has a fixed size.
+        whole = isinstance(guide, (AutoGuide, GuideMessenger))
+        if isinstance(guide, GuideMessenger):
+            # Such a guide runs the model, whose observed sites have no part in q.
+            self.guide = poutine.block(guide, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
+        with isolation.evaluation(model, guide, seed=0), pyro.validation_enabled(True):
+            for probe in [args] if whole else [rows(args, slice(PROBE_DATA)), args]:
                 try:
                     self._inspect(probe)
                 except (ValueError, RuntimeError) as error:
@@ -79,6 +86,8 @@ class Pair:
                 self.splits = probe is not args
                 self._choose(probe)
                 return
+        if whole:
+            raise ValueError(f"An autoguide can be scored only on the data it was trained on. {refusal}") from refusal
         raise refusal
 
     def log_weights(self, *args: Any, num_samples: int) -> Tensor:
@@ -107,57 +116,106 @@ class Pair:
         """Which site has a log-probability of NaN or +∞ at one sample of the latents, in words."""
         for program, name in ((self.guide, "guide"), (self.model, "model")):
             trace = run(program, args, {n: self.layout.natural(n, z[n])[0] for n in self.drawn})
-            for site, log_prob in zip(scored_sites(trace), log_probs(trace), strict=True):
+            for site, log_prob in zip(scored_sites(trace), log_probs(trace, z), strict=True):
                 if not (log_prob < torch.inf).all():
                     return f"site '{site}' of the {name}"
         return "a site"
 
     def _inspect(self, args: tuple[Any, ...]) -> None:
         """Finds the plate over the data and refuses what has no log weight per datum."""
-        try:
-            guide_trace = poutine.trace(self.guide).get_trace(*args)
-            model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*args)
-        except ValueError as error:
-            if "Shape mismatch inside plate" in str(error):
-                error.add_note("A dimension that belongs to one datum needs .to_event(1) on its distribution.")
-            raise
-        model, guide = scored_sites(model_trace), scored_sites(guide_trace)
+        model, guide = self._traced(args)
         self.latents = matching_latents(model, guide)
-        plate, dim = required_data_plate(model, len(args[0]))
+        plate, dim = self._plate_over_the_data(model, args)
         for program, sites in (("model", model), ("guide", guide)):
             for name, site in sites.items():
                 check_site(f"Site '{name}' of the {program}", site, plate, dim, len(args[0]))
         stacks = [site["cond_indep_stack"] for site in (*model.values(), *guide.values())]
         nesting = max(-frame.dim for stack in stacks for frame in stack)
         ranks = {name: len(site["fn"].batch_shape) for name, site in guide.items()}
-        self.layout = Layout(plate, dim, nesting, ranks)
+        of_data = next(f for stack in stacks for f in stack if f.name == plate)
+        subsampled = of_data.full_size not in (None, of_data.size)
+        self.layout = Layout(plate, dim, nesting, ranks, most_rows=of_data.full_size if subsampled else torch.inf)
         # A Delta computes its value from the other sites.
         self.drawn = [name for name, site in guide.items() if not (site["is_observed"] or is_delta(site))]
+
+    def _traced(self, args: tuple[Any, ...]) -> tuple[Sites, Sites]:
+        """The sites of the model and of the guide, at the same latents."""
+        try:
+            guide_trace = poutine.trace(self.guide).get_trace(*args)
+            model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*args)
+        except ValueError as error:
+            if "Shape mismatch inside plate" not in str(error):
+                raise
+            raise ValueError(
+                f"{str(error).splitlines()[0]}. A dimension that belongs to one datum needs .to_event(1) on its "
+                "distribution."
+            ) from error
+        return scored_sites(model_trace), scored_sites(guide_trace)
+
+    def _plate_over_the_data(self, model: Sites, args: tuple[Any, ...]) -> tuple[str, int]:
+        """Name and dimension; where several plates are as long as the data, the one that shortens with them."""
+        num_data = len(args[0])
+        found = data_plates(model, num_data)
+        if len(found) > 1 and num_data > 1:
+            with suppress(ValueError, RuntimeError):  # of programs that run on all the data or not at all
+                shorter = data_plates(self._traced(rows(args, slice(num_data - 1)))[0], num_data - 1)
+                found = {name: dim for name, dim in found.items() if name in shorter}
+        if not found:
+            raise ValueError(no_plate(model, num_data))
+        if len(found) > 1 and "data" not in found:
+            raise ValueError(
+                f"The plates {list(found)} are all as long as the data; name the one over the data 'data'."
+            )
+        name = "data" if "data" in found else next(iter(found))
+        return name, found[name]
 
     def _choose(self, args: tuple[Any, ...]) -> None:
         """Takes the first strategy that gives what one run per sample gives, at the same latents."""
         self.encodes_once = False
-        z = {
-            name: v
-            for name, v in loop(self.layout, self.guide, args, {}, PROBE_SAMPLES)[0].items()
-            if name in self.drawn
-        }
 
-        def densities(strategy: Strategy) -> tuple[Tensor, Tensor]:
+        def densities(strategy: Strategy, args: tuple[Any, ...], z: Values) -> tuple[Tensor, Tensor]:
             self.strategy = strategy
             values, log_q = strategy(self.layout, self.guide, args, z, PROBE_SAMPLES)
             return log_q, self.log_joint(values, *args, num_samples=PROBE_SAMPLES)
 
-        log_q, log_p = densities(loop)
-        for program, first, second in zip(("guide", "model"), (log_q, log_p), densities(loop), strict=True):
-            if not _close(first, second):
-                raise ValueError(
-                    f"The {program} gave two densities for the same latents, so it has none: something in it is "
-                    "random or keeps state, such as a functional dropout that ignores evaluation mode."
-                )
+        def compare(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], complaint: str) -> None:
+            for program, one, other in zip(("guide", "model"), found, expected, strict=True):
+                if not _close(one, other):
+                    raise ValueError(f"The {program} {complaint}")
+
+        try:
+            drawn = loop(self.layout, self.guide, args, {}, PROBE_SAMPLES)[0]
+            z = {name: value for name, value in drawn.items() if name in self.drawn}
+            truth = densities(loop, args, z)
+        except (KeyError, NotImplementedError) as error:
+            raise ValueError(
+                "The guide cannot give the density of latents that it has not just drawn, as a flow without an inverse "
+                "cannot. Use one that can, such as an affine autoregressive or a coupling flow."
+            ) from error
+        compare(
+            densities(loop, args, z),
+            truth,
+            "gave two densities for the same latents, so it has none: something in it is random or keeps state, such "
+            "as a functional dropout that ignores evaluation mode, or a plate that draws its own subsample.",
+        )
+        batches = [(args, z, truth)]
+        if self.splits and len(args[0]) > 1:
+            # The second half by itself: what belongs to a datum must not depend on the batch it comes in.
+            half = len(args[0]) // 2
+            axis = 1 + self.layout.nesting + self.layout.dim
+            second = {name: value.narrow(axis, half, len(args[0]) - half) for name, value in z.items()}
+            expected = truth[0][:, half:], truth[1][:, half:]
+            alone = rows(args, slice(half, None))
+            compare(
+                densities(loop, alone, second),
+                expected,
+                "gives a datum another density in another batch: it uses the plate's index, or statistics of the "
+                "batch. Pass what belongs to each datum as an argument, `model(x, y)`.",
+            )
+            batches.append((alone, second, expected))
         for strategy in (particles, tiles, loop):
             try:
-                if all(map(_close, densities(strategy), (log_q, log_p))):
+                if all(all(map(_close, densities(strategy, a, z), expected)) for a, z, expected in batches):
                     break
             except (RuntimeError, ValueError, IndexError):
                 continue  # A network that takes one leading dimension, say; the loop ran above.
@@ -165,7 +223,7 @@ class Pair:
             self.encodes_once = True
             fns = {name: self.layout.full_rank(site["fn"]) for name, site in self.encode(*args).items()}
             again = self.layout.per_datum((fn.log_prob(z[name]) for name, fn in fns.items()), args)
-            self.encodes_once = _close(again.expand_as(log_q), log_q)
+            self.encodes_once = _close(again.expand_as(truth[0]), truth[0])
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

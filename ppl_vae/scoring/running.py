@@ -26,7 +26,7 @@ def particles(
     """One run in a plate of samples to the left of all others; for programs that take leading dimensions."""
     with pyro.plate("particles", num_samples, dim=-layout.nesting - 1):
         trace = run(program, args, values)
-    return values_of(trace), layout.per_datum(log_probs(trace), args).expand(num_samples, -1)
+    return values_of(trace), layout.per_datum(log_probs(trace, values), args).expand(num_samples, -1)
 
 
 def tiles(
@@ -42,9 +42,19 @@ def tiles(
         axis = layout.ranks[name] + layout.dim
         return layout.canonical(name, value.unflatten(axis, (num_samples, -1)).movedim(axis, 0))
 
-    tiled = tuple(torch.cat([a] * num_samples) if is_per_datum(a, args) else a for a in args)
+    at_once = max(1, int(min(num_samples, layout.most_rows // len(args[0]))))
+    if at_once < num_samples:
+        parts = range(0, num_samples, at_once)
+        results = [
+            tiles(
+                layout, program, args, {n: v[k : k + at_once] for n, v in values.items()}, min(at_once, num_samples - k)
+            )
+            for k in parts
+        ]
+        return {n: torch.cat([z[n] for z, _ in results]) for n in results[0][0]}, torch.cat([lp for _, lp in results])
+    tiled = tuple(torch.cat([a] * num_samples) if is_per_datum(a) else a for a in args)
     trace = run(program, tiled, {name: fold(name, value) for name, value in values.items()})
-    log_prob = layout.per_datum(log_probs(trace), tiled).reshape(num_samples, -1)
+    log_prob = layout.per_datum(log_probs(trace, values), tiled).reshape(num_samples, -1)
     return {name: unfold(name, v) for name, v in values_of(trace).items() if name in layout.ranks}, log_prob
 
 
@@ -56,7 +66,7 @@ def loop(
     traces = [run(program, args, {n: v[k] for n, v in natural.items()}) for k in range(num_samples)]
     names = [name for name in values_of(traces[0]) if name in layout.ranks]
     drawn = {n: layout.canonical(n, torch.stack([values_of(t)[n] for t in traces])) for n in names}
-    return drawn, torch.cat([layout.per_datum(log_probs(t), args) for t in traces])
+    return drawn, torch.cat([layout.per_datum(log_probs(t, values), args) for t in traces])
 
 
 def run(program: Program, args: tuple[Any, ...], values: Values) -> poutine.Trace:
@@ -76,8 +86,20 @@ def values_of(trace: poutine.Trace) -> Values:
     return {name: site["value"] for name, site in scored_sites(trace).items()}
 
 
-def log_probs(trace: poutine.Trace) -> Iterable[Tensor]:
-    """Each site's log-probability, masked but *not* scaled: a scale inside the logarithm of a mean is no bound."""
-    for site in scored_sites(trace).values():
+def log_probs(trace: poutine.Trace, given: Values) -> Iterable[Tensor]:
+    """Each site's log-probability, masked but *not* scaled: a scale inside the logarithm of a mean is no bound.
+
+    Latents that are given may lie outside the support of the model's: their weight is 0, which is no mistake.
+    """
+    for name, site in scored_sites(trace).items():
+        if name in given:
+            without_validation(site["fn"])
         log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         yield scale_and_mask(log_prob, mask=site["mask"])
+
+
+def without_validation(fn: Any) -> None:
+    """Lets a distribution answer for any value."""
+    while fn is not None:
+        fn._validate_args = False
+        fn = getattr(fn, "base_dist", None)
