@@ -39,7 +39,7 @@ class Autoencoder(VAE):
 
     def __init__(
         self,
-        data_shape: Sequence[int],
+        data_shape: int | Sequence[int],
         latent_dim: int,
         *,
         encoder: nn.Module | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, log, nan, sqrt
 from typing import Any
@@ -189,7 +190,7 @@ def importance_sampling(
     # One seed for each block, so that no block's draws depend on what was computed before it.
     root = (int(torch.randint(2**62, ())) if seed is None else seed) % 2**64
     store = pyro.get_param_store()
-    with isolation.evaluation(model, guide, seed=0), store.scope(store.get_state()):
+    with isolation.evaluation(model, guide, seed=0), store.scope(store.get_state()), _in_words():
         pair = Pair(model, guide, *args)
         block = max(16, min(1024, BLOCK_ROWS // num_samples)) if pair.splits else num_data
         pace = _Pace(max_rows)
@@ -199,6 +200,21 @@ def importance_sampling(
         ]
     log_px, standard_error, ess, pareto_k, elbo = (torch.cat(column) for column in zip(*parts, strict=True))
     return Evidence(log_px, standard_error, ess, pareto_k, elbo, num_samples, pair.strategy.__name__)
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Says of parameters that a distribution refuses what it means for the model."""
+    try:
+        yield
+    except ValueError as error:
+        if "Expected parameter" not in str(error):
+            raise
+        what = str(error).split(", but found")[0]
+        raise ValueError(
+            f"A distribution of the pair got parameters that it cannot have ({what}). Its networks hold NaN, or a "
+            "scale is not positive: the model cannot be scored as it is."
+        ) from error
 
 
 def _block(

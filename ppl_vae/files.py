@@ -26,11 +26,12 @@ def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     step. A failure leaves the old file as it was; a kill may leave the temporary one beside it.
 
     Args:
-        path: where to write; missing folders are created, `~` is expanded.
+        path: where to write; missing folders are created, `~` is expanded, links are followed.
         data: the whole content.
 
     Raises:
         IsADirectoryError: `path` is a folder.
+        ValueError: `path` is a device or a pipe.
         OSError: the disk is full, the folder cannot be written to, ...
 
     Example:
@@ -40,9 +41,11 @@ def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         ...     Path(f"{folder}/new/a.txt").read_bytes()
         b'hello'
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()
     if path.is_dir():
         raise IsADirectoryError(f"Expected a file name to write to, got the folder {path}. Name a file inside it.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"Expected a file name to write to, but {path} is a device or a pipe. Name a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:

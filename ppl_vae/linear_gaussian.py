@@ -22,6 +22,9 @@ class LinearGaussian(nn.Module):
         mean: `(data_dim,)`, or a number.
         noise: the standard deviation of x given z, `(data_dim,)` or a number, positive.
 
+    Raises:
+        ValueError: when w is no floating-point matrix, or noise is not positive.
+
     Reference:
         Tipping & Bishop, Probabilistic Principal Component Analysis, 1999.
         https://doi.org/10.1111/1467-9868.00196
@@ -46,7 +49,7 @@ class LinearGaussian(nn.Module):
         noise = torch.as_tensor(noise, dtype=w.dtype).expand(w.shape[0])
         if not bool((noise > 0).all()):
             raise ValueError(f"noise is a standard deviation and must be positive; got {noise.min():.4g}.")
-        self.register_buffer("w", w)
+        self.register_buffer("w", w.detach().clone())
         self.register_buffer("mean", mean.clone())
         self.register_buffer("noise", noise.clone())
 

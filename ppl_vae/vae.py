@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import pyro
 import pyro.distributions as dist
@@ -28,6 +29,7 @@ class Model(nn.Module):
         """p(x given z), for z of shape `(*batch, latent_dim)`."""
         num_rows = self.likelihood.num_parameters * self.data_shape[0]
         features = over_leading(self.decoder, z, event_dim=1)
+        _check_count("decoder", features.shape[z.dim() - 1 :], num_rows * prod(self.data_shape[1:]))
         features = features.reshape(*z.shape[:-1], num_rows, *self.data_shape[1:])
         return self.likelihood(features, event_dim=len(self.data_shape))
 
@@ -44,13 +46,16 @@ class Model(nn.Module):
 class Guide(nn.Module):
     """The approximate posterior q(z given x) of `VAE`."""
 
-    def __init__(self, data_shape: tuple[int, ...], encoder: nn.Module, posterior: Posterior) -> None:
+    def __init__(self, data_shape: tuple[int, ...], latent_dim: int, encoder: nn.Module, posterior: Posterior) -> None:
         super().__init__()
-        self.data_shape, self.encoder, self.posterior = data_shape, encoder, posterior
+        self.data_shape, self.latent_dim, self.encoder, self.posterior = data_shape, latent_dim, encoder, posterior
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z given x), for x of shape `(*batch, *data_shape)`."""
-        return self.posterior(over_leading(self.encoder, x, len(self.data_shape)))
+        event_dim = len(self.data_shape)
+        features = over_leading(self.encoder, x, event_dim)
+        _check_count("encoder", features.shape[x.dim() - event_dim :], self.posterior.num_features(self.latent_dim))
+        return self.posterior(features.flatten(x.dim() - event_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Draws z for each datum of x, `(batch, *data_shape)`."""
@@ -70,6 +75,14 @@ def _check_batch(x: Tensor, data_shape: tuple[int, ...]) -> None:
         raise TypeError(f"Networks take floating-point data; got {x.dtype}. Convert with x.float().")
 
 
+def _check_count(network: str, shape: Sequence[int], expected: int) -> None:
+    if prod(shape) != expected:
+        raise ValueError(
+            f"The {network} must give {expected} numbers for each datum; it gives {prod(shape)}, in the shape "
+            f"{tuple(shape)}."
+        )
+
+
 class VAE(nn.Module):
     """A variational autoencoder (Kingma & Welling, 2014; Rezende et al., 2014) as a Pyro pair.
 
@@ -77,7 +90,7 @@ class VAE(nn.Module):
     `Trace_ELBO()(vae.model, vae.guide)` train the same weights.
 
     Args:
-        data_shape: shape of one datum, such as `(28, 28)`, `(3, 32, 32)` or `(784,)`.
+        data_shape: shape of one datum, such as `(28, 28)`, `(3, 32, 32)` or `784`.
         latent_dim: length of z.
         likelihood: p(x given z), of `ppl_vae.likelihoods`; Bernoulli by default.
         prior: p(z), of `ppl_vae.priors`; N(0, I) by default.
@@ -88,7 +101,8 @@ class VAE(nn.Module):
             an `MLP` by default.
 
     Raises:
-        ValueError: for an empty shape or a latent_dim below 1.
+        ValueError: for an empty shape, a latent_dim below 1, a prior of another latent_dim; and when they first run,
+            for networks that give another count of numbers.
 
     References:
         Kingma & Welling, Auto-Encoding Variational Bayes, 2014. https://arxiv.org/abs/1312.6114
@@ -105,7 +119,7 @@ class VAE(nn.Module):
 
     def __init__(
         self,
-        data_shape: Sequence[int],
+        data_shape: int | Sequence[int],
         latent_dim: int,
         *,
         likelihood: Likelihood | None = None,
@@ -115,8 +129,14 @@ class VAE(nn.Module):
         decoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.data_shape = tuple(data_shape)
+        self.data_shape = (data_shape,) if isinstance(data_shape, int) else tuple(data_shape)
+        if not self.data_shape or any(size < 1 for size in self.data_shape):
+            raise ValueError(f"data_shape must be the sizes of one datum, each at least 1; got {data_shape!r}.")
+        if not isinstance(latent_dim, int) or latent_dim < 1:
+            raise ValueError(f"latent_dim must be an integer of at least 1; got {latent_dim!r}.")
         prior = StandardNormal(latent_dim) if prior is None else prior
+        if getattr(prior, "latent_dim", latent_dim) != latent_dim:
+            raise ValueError(f"The prior is over {prior.latent_dim} dimensions, where latent_dim is {latent_dim}.")
         likelihood = Bernoulli() if likelihood is None else likelihood
         posterior = DiagonalNormal() if posterior is None else posterior
         self.latent_dim = latent_dim
@@ -125,7 +145,7 @@ class VAE(nn.Module):
         if decoder is None:
             decoder = MLP(latent_dim, (likelihood.num_parameters * self.data_shape[0], *self.data_shape[1:]))
         self.model = Model(self.data_shape, prior, decoder, likelihood)
-        self.guide = Guide(self.data_shape, encoder, posterior)
+        self.guide = Guide(self.data_shape, latent_dim, encoder, posterior)
 
     @property
     def prior(self) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -388,6 +389,38 @@ def test_unknown_options_and_words_are_refused(ppl_vae: Runner) -> None:
     assert ppl_vae("train", "digits", "--likelihood", "poisson").code == 2
     assert ppl_vae("train", "digits", "--epoch", 3).code == 2
     assert ppl_vae("fly").code == 2
+
+
+def test_only_runs_are_ever_replaced(ppl_vae: Runner, tmp_path: Path) -> None:
+    """Not a pipe, nor a link; what a link points to is written to."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for command in (("train", "digits", *tiny("--out", "pipe", "--overwrite")), ("demo", "--out", "pipe")):
+        assert "is a file or a device" in ppl_vae(*command).sentence()
+    assert pipe.is_fifo()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert ppl_vae("train", "digits", *tiny("--out", "link")).code == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/weights.safetensors").is_file()
+    assert "is a device or a pipe" in ppl_vae("sample", "real", "--out", "pipe").sentence()
+    assert pipe.is_fifo()
+
+
+def test_a_folder_of_runs_says_which(ppl_vae: Runner, tmp_path: Path) -> None:
+    assert ppl_vae("train", "digits", *tiny("--out", "both/one")).code == 0
+    for command in ("evaluate", "sample"):
+        assert "holds the runs one" in ppl_vae(command, "both").sentence()
+
+
+def test_data_that_are_no_pictures_are_still_learned(ppl_vae: Runner, tmp_path: Path) -> None:
+    np.save(tmp_path / "levels.npy", np.random.default_rng(0).integers(0, 255, (40, 4, 4)).astype(np.float32))
+    result = ppl_vae(
+        "train", "levels.npy", "--likelihood", "gaussian", "--epochs", 2, "--hidden-dims", 9, "--out", "run"
+    )
+    assert result.code == 0
+    assert "Without pictures" in result.err
+    assert (tmp_path / "run/weights.safetensors").is_file()
 
 
 def test_evaluate_and_sample_refuse_what_is_no_run(ppl_vae: Runner, tmp_path: Path) -> None:

@@ -416,6 +416,13 @@ def test_grey_pixels_are_refused_wherever_they_are() -> None:
     pyro.enable_validation(True)
 
 
+def test_weights_of_a_network_that_are_nan_are_explained() -> None:
+    vae = VAE((3,), 2)
+    torch.nn.init.constant_(vae.decoder.layers[0].weight, torch.nan)
+    with pytest.raises(ValueError, match=r"got parameters that it cannot have .*Its networks hold NaN"):
+        importance_sampling(vae.model, vae.guide, torch.ones(7, 3), num_samples=10)
+
+
 def test_summary_says_when_not_to_believe_it(lg: Any, capsys: pytest.CaptureFixture[str]) -> None:
     x = pairs.simulated(lg, num_data=100)
     good = importance_sampling(lg.model, lg.perturbed_guide(shift=0.1, spread=1.05), x, num_samples=2000)

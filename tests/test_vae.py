@@ -16,6 +16,7 @@ from torch import nn
 from ppl_vae.autoencoder import Autoencoder
 from ppl_vae.likelihoods import Bernoulli, Gaussian
 from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder
+from ppl_vae.priors import StandardNormal
 from ppl_vae.vae import VAE
 
 SHAPES = [(7,), (5, 7), (3, 5, 7), (28, 28), (8, 8)]
@@ -141,8 +142,21 @@ def test_bad_latent_dims_are_refused(bad: Any) -> None:
     for program in (VAE, Autoencoder):
         with pytest.raises(ValueError, match="latent_dim must be an integer of at least 1"):
             program((5,), bad)
-    with pytest.raises(ValueError, match="must be one or more sizes"):
-        VAE((), 2)
+    for shape in ((), 0, (5, 0)):
+        with pytest.raises(ValueError, match="data_shape must be the sizes of one datum"):
+            VAE(shape, 2)
+    with pytest.raises(ValueError, match="The prior is over 3 dimensions, where latent_dim is 2"):
+        VAE(5, 2, prior=StandardNormal(3))
+
+
+def test_networks_of_another_size_are_named() -> None:
+    x = torch.zeros(3, 5)
+    with pytest.raises(
+        ValueError, match=r"The encoder must give 4 numbers for each datum; it gives 6, in the shape \(6,\)"
+    ):
+        VAE(5, 2, encoder=nn.Linear(5, 6)).encode(x)
+    with pytest.raises(ValueError, match="The decoder must give 10 numbers for each datum; it gives 5"):
+        VAE(5, 2, likelihood=Gaussian(per_pixel=True), decoder=nn.Linear(2, 5)).decode(torch.zeros(3, 2))
 
 
 # The autoencoder.

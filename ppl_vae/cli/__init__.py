@@ -41,7 +41,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        typer.echo(f"ppl-vae: {' '.join(str(error).split())}", err=True)
+        said = str(error).split("\nTrace Shapes")[0]  # which Pyro adds for those who know the program
+        typer.echo(f"ppl-vae: {' '.join(said.split())}", err=True)
         sys.exit(2)
 
 
@@ -116,7 +117,11 @@ def train(
     with runs.new_folder(out, overwrite=overwrite) as folder:
         run = runs.train(configuration, download=download)
         runs.write(run, folder)
-        runs.draw({"loss": runs.loss_picture(run), **runs.model_pictures(run)}, folder)
+        runs.draw({"loss": runs.loss_picture(run)}, folder)
+        try:
+            runs.draw(runs.model_pictures(run), folder)
+        except ValueError as error:  # data that are no pictures; what was learned is kept
+            typer.echo(f"Without pictures of the images: {error}", err=True)
     typer.echo(f"{run.data}\n{run.history}\nThe run is in {out}. Next: ppl-vae evaluate {out}")
     if run.history.stopped == "interrupted":
         raise typer.Exit(130)

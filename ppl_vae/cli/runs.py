@@ -208,9 +208,9 @@ def new_folder(path: Path, *, overwrite: bool, mark: str = "run.json") -> Iterat
 
     With `overwrite` it takes the place of an earlier one, told by the file `mark`: nothing else is ever deleted.
     """
-    path = path.expanduser()
-    if path.is_file():
-        raise ValueError(f"Expected a folder to write to, but {path} is a file. Name another with --out.")
+    path = path.expanduser().resolve()  # what a link points to, not the link, is filled or replaced
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"Expected a folder to write to, but {path} is a file or a device. Name another with --out.")
     if path.is_dir() and any(path.iterdir()):
         if not (path / mark).is_file():
             raise ValueError(f"The folder {path} holds something else than a run ({mark}). Name another with --out.")
@@ -268,6 +268,9 @@ def read(folder: Path) -> Run:
 def _read_vae(folder: Path) -> pv.VAE:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no run folder {folder.absolute()}. Make one with: ppl-vae train DATA")
+    runs = sorted(path.parent.name for path in folder.glob("*/run.json"))
+    if runs and not (folder / "run.json").exists():
+        raise ValueError(f"{folder} holds the runs {' and '.join(runs)}. Name one of them, such as {folder / runs[0]}.")
     return pv.load(folder / "weights.safetensors")
 
 

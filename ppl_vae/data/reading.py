@@ -163,7 +163,7 @@ def _read_image(path: Path) -> Image.Image:
         picture = Image.open(path)
         with picture:
             picture.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"Expected an image in {path}, but it cannot be read ({error}). Replace or remove it."
         ) from error
