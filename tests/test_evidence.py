@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
 from math import inf, log, sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,14 +70,15 @@ def the_elbo_is_that_of_the_guide() -> None:
 def the_standard_error_is_honest() -> None:
     """Over 500 replicates the spread of log_px is what is reported, where Pareto k < 0.3."""
     lg = pairs.linear_gaussian()
-    guide = lg.perturbed_guide(shift=0.2, spread=1.7)
     checked = 0
-    for x in pairs.simulated(lg, num_data=3):
-        found = importance_sampling(lg.model, guide, x.expand(500, -1), num_samples=1000)
+    for seed, (shift, spread) in enumerate([(0.2, 1.7), (0.5, 1.5), (1.0, 1.4)]):
+        x = pairs.simulated(lg, num_data=1).expand(500, -1)
+        guide = lg.perturbed_guide(shift=shift, spread=spread)
+        found = importance_sampling(lg.model, guide, x, num_samples=1000, seed=seed)
         if found.pareto_k.median() < 0.3:
             assert 0.9 < found.log_px.std() / found.standard_error.mean() < 1.15
             checked += 1
-    assert checked > 0
+    assert checked >= 2
 
 
 def pieces_add_up() -> None:
@@ -465,7 +466,7 @@ def test_bound_rises_with_samples_and_by_the_known_amount(lg: Any) -> None:
 
 
 MEMORY = """
-import json, resource, sys
+import sys
 import torch
 import ppl_vae as pv
 torch.manual_seed(0)
@@ -474,18 +475,23 @@ vae = pv.VAE((28, 28), 5, encoder=pv.networks.MLP((28, 28), 10, hidden_dims=(64,
              decoder=pv.networks.MLP(5, (28, 28), hidden_dims=(64,)))
 x = torch.empty(20_000, 28, 28).bernoulli_(0.5)  # in place: making the data must not set the peak
 pv.importance_sampling(vae.model, vae.guide, x[:num_data], num_samples=num_samples)
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
 def peak_memory(num_data: int, num_samples: int) -> float:
-    """Peak resident memory of a fresh process that holds the same 20,000 data and scores `num_data` of them."""
+    """Peak resident memory in KiB of a fresh process that holds the same 20,000 data and scores `num_data` of them.
+
+    From /proc, for `ru_maxrss` of a child starts at what its parent had.
+    """
     command = [sys.executable, "-c", MEMORY, str(num_data), str(num_samples)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.parametrize(
     ("small", "large"), [((1, 1000), (1, 1_000_000)), ((1000, 20), (20_000, 20))], ids=["samples", "data"]
 )
 def test_memory_is_bounded(small: tuple[int, int], large: tuple[int, int]) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc, which this system has not")
     assert peak_memory(*large) < 1.1 * peak_memory(*small)
