@@ -147,7 +147,8 @@ def importance_sampling(
 
     log p(x) ≈ log (1/K) Σ_k w_k with w_k = p(x, z_k) / q(z_k given x) and z_k ~ q: a lower bound in expectation that
     rises to log p(x) with K (Burda et al., 2016). Weights are added up in float64 and streamed, so that memory
-    depends neither on the number of samples nor on the number of data; the guide runs once per datum.
+    depends neither on the number of samples nor on the number of data; the guide runs once per
+    datum, unless it draws one latent given another.
 
     Nothing of the pair is changed: modules are put in evaluation mode and back, gradients are off, the global random
     state and Pyro's parameter store are restored. The same seed gives the same draws for any `max_rows`; the sums then

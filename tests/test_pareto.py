@@ -24,7 +24,6 @@ def arviz_k(log_weights: torch.Tensor) -> np.ndarray:
     return np.asarray(array_stats.psislw(-samples_last)[1])  # 1.x takes minus the log weight
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 # ArviZ 0.23 rounds the length of the tail up, 1.x down: sizes at which both have the same tail.
 @pytest.mark.parametrize("num_samples", [50, 100, 1024, 10_000])
 @pytest.mark.parametrize("offset", [0.0, -700.0, 5000.0])
@@ -33,7 +32,6 @@ def test_equals_arviz(num_samples: int, offset: float) -> None:
     np.testing.assert_allclose(pareto.shape(lw).numpy(), arviz_k(lw), rtol=0, atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_equals_arviz_with_ties_and_underflow() -> None:
     if not hasattr(pytest.importorskip("arviz"), "psislw"):
         pytest.skip("ArviZ 1.x keeps ties and underflowing weights in the tail; 0.23 does not, nor do we")

@@ -463,7 +463,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "a latent of the guide alone": (ok_model, extra_guide, "The guide draws 'auxiliary', which the model does not"),
     "no guide for a latent": (global_latent, ok_guide, "The model draws 'w', which the guide does not"),
     "missing to_event": (missing_to_event, missing_to_event_guide, r"Site 'z' of the model .* no plate declares"),
-    "sequential plate": (sequential_model, sequential_guide, "sequential|No plate"),
+    "sequential plate": (sequential_model, sequential_guide, "is in the sequential plate 'data'"),
     "part of a datum": (subsampled_pixels, subsampled_pixels_guide, "plate 'pixels', of whose 5 elements only 2"),
     "picks its own data": (picks_its_own_data, picks_its_own_data_guide, "No plate of the model is over the 5 data"),
     "guide observes": (ok_model, observing_guide, "The guide observes 'x'"),

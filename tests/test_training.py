@@ -29,7 +29,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ppl_vae import coin, training
+from ppl_vae import coin
 from ppl_vae.autoencoder import Autoencoder
 from ppl_vae.data import DynamicBinarization
 from ppl_vae.likelihoods import Gaussian
@@ -522,7 +522,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(x: Tensor) -
             z = pyro.sample("z", vae.prior())
             pyro.sample("x", dist.Normal(vae.decoder(z) + poison, 1.0).to_event(1), obs=x)
 
-    with pytest.raises(RuntimeError, match=r"epoch 2, batch \d: site 'x' of the model .*last|site 'x' of the model"):
+    with pytest.raises(RuntimeError, match=r"no longer finite in epoch 2, batch \d: site 'x' of the model"):
         fit(model, vae.guide, x, epochs=5, batch_size=20, progress=False)
     assert moved(vae, good) == set()
     assert all(torch.isfinite(value).all() for value in vae.state_dict().values())
@@ -819,4 +819,3 @@ def test_nothing_of_fit_is_left_behind(x: Tensor) -> None:
     vae = small_vae()
     fit(vae.model, vae.guide, x, epochs=1, progress=False)
     assert all(p.grad is None for p in vae.parameters())
-    assert training.__name__ == "ppl_vae.training"

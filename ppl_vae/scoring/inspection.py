@@ -78,14 +78,19 @@ def no_plate(model: Sites, num_data: int) -> str:
     )
 
 
-def check_site(who: str, site: Any, plate: str, dim: int, num_data: int) -> None:
-    frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-    for frame in frames.values():
+def check_vectorised(who: str, site: Any) -> None:
+    """Refuses a site in a plate that is looped over."""
+    for frame in site["cond_indep_stack"]:
         if not frame.vectorized:
             raise ValueError(
                 f"{who} is in the sequential plate '{frame.name}' (`for i in plate`). Use it vectorised: "
                 f'`with pyro.plate("{frame.name}", ...):`.'
             )
+
+
+def check_site(who: str, site: Any, plate: str, dim: int, num_data: int) -> None:
+    """Refuses a site whose log-probability is not that of single data."""
+    frames = {frame.name: frame for frame in site["cond_indep_stack"]}
     if plate not in frames:
         raise ValueError(
             f"{who} is outside the plate '{plate}' over the data (its plates: {list(frames) or 'none'}). What all "

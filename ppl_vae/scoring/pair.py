@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppl_vae import isolation
 from ppl_vae.scoring.data import check_data, rows
-from ppl_vae.scoring.inspection import check_site, data_plates, is_delta, matching_latents, no_plate
+from ppl_vae.scoring.inspection import check_site, check_vectorised, data_plates, is_delta, matching_latents, no_plate
 from ppl_vae.scoring.layout import Layout
 from ppl_vae.scoring.running import Program, Sites, Values, log_probs, loop, particles, run, scored_sites, tiles
 
@@ -124,12 +124,15 @@ class Pair:
     def _inspect(self, args: tuple[Any, ...]) -> None:
         """Finds the plate over the data and refuses what has no log weight per datum."""
         model, guide = self._traced(args)
+        sites = {f"Site '{name}' of the model": site for name, site in model.items()}
+        sites |= {f"Site '{name}' of the guide": site for name, site in guide.items()}
+        for who, site in sites.items():
+            check_vectorised(who, site)
         self.latents = matching_latents(model, guide)
         plate, dim = self._plate_over_the_data(model, args)
-        for program, sites in (("model", model), ("guide", guide)):
-            for name, site in sites.items():
-                check_site(f"Site '{name}' of the {program}", site, plate, dim, len(args[0]))
-        stacks = [site["cond_indep_stack"] for site in (*model.values(), *guide.values())]
+        for who, site in sites.items():
+            check_site(who, site, plate, dim, len(args[0]))
+        stacks = [site["cond_indep_stack"] for site in sites.values()]
         nesting = max(-frame.dim for stack in stacks for frame in stack)
         ranks = {name: len(site["fn"].batch_shape) for name, site in guide.items()}
         of_data = next(f for stack in stacks for f in stack if f.name == plate)
