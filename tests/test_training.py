@@ -243,7 +243,7 @@ OBJECTIVES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.*:FutureWarning")
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{type(o).__name__}-{o.vectorize_particles}")
 def test_any_elbo_object_trains(objective: Any, x: Tensor) -> None:
     vae = small_vae()
@@ -257,7 +257,7 @@ def test_any_elbo_object_trains(objective: Any, x: Tensor) -> None:
     assert history.loss[0] == pytest.approx(DATA_DIM * log(2), rel=0.25)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.*:FutureWarning")
 def test_a_recorded_objective_refuses_batches_of_another_size(x: Tensor) -> None:
     """`JitTrace_ELBO` keeps the first batch's plate, and would charge the last, short batch for all of it."""
     vae = small_vae()

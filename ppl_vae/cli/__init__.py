@@ -95,7 +95,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
 ) -> None:
     """Train a VAE and keep it, with its history and pictures, in a run folder."""
-    from ppl_vae.cli import runs
+    from ppl_vae.cli import pictures, runs
 
     configuration = runs.Configuration(
         data=runs.recorded_source(data),
@@ -117,9 +117,9 @@ def train(
     with runs.new_folder(out, overwrite=overwrite) as folder:
         run = runs.train(configuration, download=download)
         runs.write(run, folder)
-        runs.draw({"loss": runs.loss_picture(run)}, folder)
+        pictures.draw({"loss": pictures.loss(run)}, folder)
         try:
-            runs.draw(runs.model_pictures(run), folder)
+            pictures.draw(pictures.of_model(run), folder)
         except ValueError as error:  # data that are no pictures; what was learned is kept
             typer.echo(f"Without pictures of the images: {error}", err=True)
     typer.echo(f"{run.data}\n{run.history}\nThe run is in {out}. Next: ppl-vae evaluate {out}")

@@ -13,11 +13,12 @@ import torch
 import typer
 
 from ppl_vae import plots
-from ppl_vae.cli import runs
+from ppl_vae.cli import pictures, runs
 from ppl_vae.reporting import Page
 
 if TYPE_CHECKING:
-    from ppl_vae.cli.runs import Picture, Run
+    from ppl_vae.cli.pictures import Picture
+    from ppl_vae.cli.runs import Run
     from ppl_vae.evidence import Evidence
 
 DECODERS = [("bernoulli", "static", "Bernoulli (0/1)"), ("gaussian", "none", "Gaussian (grey)")]
@@ -60,7 +61,7 @@ def run_demo(out: Path, *, epochs: int, num_samples: int, seed: int) -> None:
             parts.append(_part(title, configuration, num_samples, folder / likelihood))
         _report(parts, num_samples).write(folder / "report.html")
         for (likelihood, _, _), part in zip(DECODERS, parts, strict=True):
-            runs.draw(part.pictures, folder / likelihood)
+            pictures.draw(part.pictures, folder / likelihood)
     caption = f"Test data, nats per datum, {num_samples:,} importance samples each:"
     typer.echo("\n".join(["", caption, "", *_aligned([part.row for part in parts]), "", NOT_COMPARABLE]))
     for part in parts:
@@ -78,13 +79,13 @@ def _part(title: str, configuration: runs.Configuration, num_samples: int, folde
     evidence, _ = runs.evaluate(run, num_samples=num_samples, seed=configuration.seed)
     results = {**runs.numbers(evidence, run), "seconds": time.perf_counter() - began}
     runs.write(run, folder, results=results)
-    pictures = {
-        **runs.model_pictures(run),
-        "loss": runs.loss_picture(run),
+    drawn = {
+        **pictures.of_model(run),
+        "loss": pictures.loss(run),
         "log_px": _settling(run, evidence),
-        "pareto_k": runs.pareto_picture(evidence),
+        "pareto_k": pictures.pareto_k(evidence),
     }
-    return Part(title, _row(title, results), evidence.warnings(), pictures)
+    return Part(title, _row(title, results), evidence.warnings(), drawn)
 
 
 def _row(title: str, results: dict[str, Any]) -> dict[str, str]:

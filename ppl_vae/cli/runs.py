@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import platform
 import sys
 import tempfile
@@ -12,26 +11,19 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import matplotlib
 import torch
 from torch import Tensor
 
 import ppl_vae as pv
 from ppl_vae import files, plots
+from ppl_vae.cli import pictures
 from ppl_vae.data import Data
 from ppl_vae.data.named import IDX_SETS
 from ppl_vae.evidence import Evidence
 from ppl_vae.likelihoods import Likelihood
 from ppl_vae.training import History
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    Picture = tuple[Axes, str]  # and its caption
-
-matplotlib.use("agg")  # pictures go to files; no window, and no display needed
 
 # The words of the command line, and what they stand for.
 LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
@@ -279,7 +271,7 @@ def write_evidence(evidence: Evidence, index: Tensor, results: dict[str, Any], f
     per_datum = {name: getattr(evidence, name) for name in ("log_px", "standard_error", "ess", "pareto_k", "elbo")}
     files.write_tensors(folder / "evidence.safetensors", {"index": index, **per_datum})
     files.write_json(folder / "evidence.json", results)
-    draw({"pareto_k": pareto_picture(evidence)}, folder)
+    pictures.draw({"pareto_k": pictures.pareto_k(evidence)}, folder)
 
 
 def write_samples(folder: Path, out: Path, *, num_samples: int, seed: int) -> None:
@@ -287,54 +279,7 @@ def write_samples(folder: Path, out: Path, *, num_samples: int, seed: int) -> No
     if num_samples < 1:
         raise ValueError(f"Expected at least one sample to draw; got {num_samples}.")
     vae = _read_vae(folder)
-    _save_picture(plots.image_grid(vae.sample(num_samples, seed=seed, mean=True)), out)
-
-
-def loss_picture(run: Run) -> Picture:
-    return plots.loss_curve(run.history), "The loss, −ELBO in nats per datum, after each pass over the training data."
-
-
-def model_pictures(run: Run) -> dict[str, Picture]:
-    """What the run has learned; of data that are no images, only how they lie in the latent space."""
-    vae, x, labels = run.vae, run.data.test[:2000], run.data.test_labels
-    pictures: dict[str, Picture] = {}
-    if x.dim() > 2:
-        samples = plots.image_grid(vae.sample(64, mean=True), columns=16)
-        pictures["samples"] = samples, "Samples: z drawn from the prior, and the mean of p(x given z)."
-        rows = plots.reconstructions(x[:10], vae.reconstruct(x[:10]))
-        pictures["reconstructions"] = rows, "Test data, and below each the mean of p(x given z) at the mean of q."
-        if vae.latent_dim == 2:
-            caption = "The latent plane, decoded at equally probable steps of the prior."
-            pictures["manifold"] = plots.manifold(lambda z: vae.decode(z).mean, gap=1), caption
-    if vae.latent_dim > 1 and len(x) > 1:
-        few = labels is not None and len(labels.unique()) <= 20
-        with pv.isolation.evaluation():
-            scatter = plots.latent_scatter(vae.encode(x).mean, labels[:2000] if few and labels is not None else None)
-        pictures["latents"] = scatter, "Where q(z given x) puts the test data: a point for each, at the mean of q."
-    return pictures
-
-
-def pareto_picture(evidence: Evidence) -> Picture:
-    return (
-        plots.pareto_k(evidence.pareto_k),
-        "Pareto k of every test datum: up to 0.7 its log p(x) can be used, above it is too low by an unknown amount.",
-    )
-
-
-def draw(pictures: dict[str, Picture], folder: Path) -> None:
-    """Writes each picture to `figures/NAME.png`."""
-    for name, (ax, _) in pictures.items():
-        _save_picture(ax, folder / "figures" / f"{name}.png")
-
-
-def _save_picture(ax: Axes, path: Path) -> None:
-    from matplotlib import pyplot
-
-    buffer, figure = io.BytesIO(), ax.get_figure(root=True)
-    assert figure is not None
-    figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=160, bbox_inches="tight")
-    pyplot.close(figure)
-    files.write_bytes_atomically(path, buffer.getvalue())
+    pictures.save(plots.image_grid(vae.sample(num_samples, seed=seed, mean=True)), out)
 
 
 def description(name: str, root: Path | None, download: bool) -> list[str]:

@@ -1,0 +1,69 @@
+"""The pictures of a run, each with its caption."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+
+import ppl_vae as pv
+from ppl_vae import files, plots
+from ppl_vae.evidence import Evidence
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ppl_vae.cli.runs import Run
+
+    Picture = tuple[Axes, str]  # and its caption
+
+matplotlib.use("agg")  # pictures go to files; no window, and no display needed
+
+
+def loss(run: Run) -> Picture:
+    return plots.loss_curve(run.history), "The loss, −ELBO in nats per datum, after each pass over the training data."
+
+
+def of_model(run: Run) -> dict[str, Picture]:
+    """What the run has learned; of data that are no images, only how they lie in the latent space."""
+    vae, x, labels = run.vae, run.data.test[:2000], run.data.test_labels
+    pictures: dict[str, Picture] = {}
+    if x.dim() > 2:
+        samples = plots.image_grid(vae.sample(64, mean=True), columns=16)
+        pictures["samples"] = samples, "Samples: z drawn from the prior, and the mean of p(x given z)."
+        rows = plots.reconstructions(x[:10], vae.reconstruct(x[:10]))
+        pictures["reconstructions"] = rows, "Test data, and below each the mean of p(x given z) at the mean of q."
+        if vae.latent_dim == 2:
+            caption = "The latent plane, decoded at equally probable steps of the prior."
+            pictures["manifold"] = plots.manifold(lambda z: vae.decode(z).mean, gap=1), caption
+    if vae.latent_dim > 1 and len(x) > 1:
+        few = labels is not None and len(labels.unique()) <= 20
+        with pv.isolation.evaluation():
+            scatter = plots.latent_scatter(vae.encode(x).mean, labels[:2000] if few and labels is not None else None)
+        pictures["latents"] = scatter, "Where q(z given x) puts the test data: a point for each, at the mean of q."
+    return pictures
+
+
+def pareto_k(evidence: Evidence) -> Picture:
+    return (
+        plots.pareto_k(evidence.pareto_k),
+        "Pareto k of every test datum: up to 0.7 its log p(x) can be used, above it is too low by an unknown amount.",
+    )
+
+
+def draw(pictures: dict[str, Picture], folder: Path) -> None:
+    """Writes each picture to `figures/NAME.png`."""
+    for name, (ax, _) in pictures.items():
+        save(ax, folder / "figures" / f"{name}.png")
+
+
+def save(ax: Axes, path: Path) -> None:
+    from matplotlib import pyplot
+
+    buffer, figure = io.BytesIO(), ax.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=160, bbox_inches="tight")
+    pyplot.close(figure)
+    files.write_bytes_atomically(path, buffer.getvalue())
