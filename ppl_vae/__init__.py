@@ -5,9 +5,9 @@ says what is believed, the right side does inference with whatever pair it is gi
 
        programs (what is believed)                  inference (what is done with any pair)
     0  networks  likelihoods  priors  posteriors    scoring  pareto
-    1  coin  vae  linear_gaussian                   evidence  parameters  batches
-    2  autoencoder                                  training
-    3  storage
+    1  coin  vae  linear_gaussian                   proposals  parameters  batches
+    2  autoencoder                                  evidence  training
+    3  storage                                      gaps
 
        neither: isolation  data  files  plots  reporting
        both: cli  and this file
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         plots,
         posteriors,
         priors,
+        proposals,
         reporting,
         scoring,
         storage,
@@ -89,6 +90,7 @@ __all__ = [
     "plots",
     "posteriors",
     "priors",
+    "proposals",
     "reporting",
     "save",
     "scoring",

@@ -19,7 +19,7 @@ PROGRAMS = [
     ["autoencoder"],
     ["storage"],
 ]
-INFERENCE = [["scoring", "pareto"], ["evidence", "parameters", "batches"], ["training"], []]
+INFERENCE = [["scoring", "pareto"], ["proposals", "parameters", "batches"], ["evidence", "training"], ["gaps"]]
 NEITHER = [["isolation", "data", "files", "plots"], ["reporting"]]
 BOTH = ["cli", "__init__"]
 

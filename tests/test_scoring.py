@@ -62,13 +62,13 @@ def test_strategies_agree(form: str, strategy: Any, lg: Any, x: Tensor) -> None:
     pair = Pair(model, q, x)
     z, log_q = pair.draw(pair.encode(x), x, num_samples=5)
     try:
-        again = strategy(pair.layout, q, (x,), z, 5)[1]
-        scored = strategy(pair.layout, model, (x,), z, 5)[1]
+        again = strategy(pair.layout, q, (x,), z, 5).total
+        scored = strategy(pair.layout, model, (x,), z, 5).total
     except (ValueError, RuntimeError):
         assert strategy is not pair.strategy
         return
     torch.testing.assert_close(again, log_q, rtol=0, atol=1e-12)
-    torch.testing.assert_close(scored, loop(pair.layout, model, (x,), z, 5)[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(scored, loop(pair.layout, model, (x,), z, 5).total, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", pairs.FORMS)
@@ -78,7 +78,8 @@ def test_a_loop_that_draws_gives_canonical_latents(form: str, lg: Any, x: Tensor
     shapes = set()
     for strategy in (particles, tiles, loop):
         try:
-            z, log_q = strategy(pair.layout, q, (x,), {}, 5)
+            z, *_ = scores = strategy(pair.layout, q, (x,), {}, 5)
+            log_q = scores.total
         except (ValueError, RuntimeError):
             continue
         shapes.add((tuple(z["z"].shape), tuple(log_q.shape)))
@@ -150,7 +151,7 @@ def test_a_guide_with_one_latent_given_another_runs_again_for_each_sample(x: Ten
     by_hand = dist.Normal(x[:, :3], 1.0).to_event(1).log_prob(z["z1"])
     by_hand = by_hand + dist.Normal(z["z1"][..., :2], 1.0).to_event(1).log_prob(z["z2"])
     torch.testing.assert_close(log_q, by_hand, rtol=0, atol=1e-12)
-    torch.testing.assert_close(pair.log_joint(z, x, num_samples=5), loop(pair.layout, model, (x,), z, 5)[1])
+    torch.testing.assert_close(pair.log_joint(z, x, num_samples=5), loop(pair.layout, model, (x,), z, 5).total)
 
 
 def test_the_guide_runs_once_for_all_samples(lg: Any, x: Tensor) -> None:
@@ -237,7 +238,7 @@ def test_conv_decoders_flatten_and_raw_ones_are_tiled() -> None:
     pair = Pair(model, vae.guide, x)
     assert pair.strategy is tiles
     z, _ = pair.draw(pair.encode(x), x, num_samples=3)
-    torch.testing.assert_close(pair.log_joint(z, x, num_samples=3), loop(pair.layout, model, (x,), z, 3)[1])
+    torch.testing.assert_close(pair.log_joint(z, x, num_samples=3), loop(pair.layout, model, (x,), z, 3).total)
 
 
 def test_batch_normalisation_is_caught_and_tiled() -> None:
@@ -576,7 +577,7 @@ def test_tiles_of_a_subsampled_plate_are_no_longer_than_it() -> None:
     pair = Pair(model, guide, x)
     assert pair.strategy is tiles
     z, _ = pair.draw(pair.encode(x), x, num_samples=5)
-    torch.testing.assert_close(pair.log_joint(z, x, num_samples=5), loop(pair.layout, model, (x,), z, 5)[1])
+    torch.testing.assert_close(pair.log_joint(z, x, num_samples=5), loop(pair.layout, model, (x,), z, 5).total)
 
 
 def test_a_guide_that_runs_the_model_leaves_out_what_it_observes() -> None:

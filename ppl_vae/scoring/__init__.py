@@ -9,14 +9,16 @@ Shapes: samples first, data second. A latent in canonical form is `(num_samples,
 dimension for each of the pair's `nesting` levels of plates.
 """
 
-from ppl_vae.scoring.data import check_data, rows
+from ppl_vae.scoring.data import check_data, rows, widened
 from ppl_vae.scoring.inspection import data_plates
 from ppl_vae.scoring.pair import Pair, log_weights
 from ppl_vae.scoring.running import Program, Values, loop, particles, scored_sites, tiles
+from ppl_vae.scoring.target import Target
 
 __all__ = [
     "Pair",
     "Program",
+    "Target",
     "Values",
     "check_data",
     "data_plates",
@@ -26,4 +28,5 @@ __all__ = [
     "rows",
     "scored_sites",
     "tiles",
+    "widened",
 ]

@@ -56,6 +56,17 @@ def rows(args: tuple[Any, ...], index: slice | Tensor) -> tuple[Any, ...]:
     return tuple(a[index] if is_per_datum(a) else a for a in args)
 
 
+def widened(args: tuple[Any, ...], width: int) -> tuple[Any, ...]:
+    """The data with the last of them repeated until there are `width`.
+
+    Example:
+        >>> widened((torch.tensor([1.0, 2.0]), 0.5), 4)
+        (tensor([1., 2., 2., 2.]), 0.5)
+    """
+    index = torch.arange(width, device=args[0].device).clamp(max=len(args[0]) - 1)
+    return rows(args, index) if width > len(args[0]) else args
+
+
 def is_per_datum(argument: Any) -> bool:
     """Whether an argument has a row for each datum: every tensor of one or more dimensions does."""
     return isinstance(argument, Tensor) and argument.dim() > 0

@@ -18,9 +18,20 @@ from ppl_vae import isolation
 from ppl_vae.scoring.data import check_data, rows
 from ppl_vae.scoring.inspection import check_site, check_vectorised, data_plates, is_delta, matching_latents, no_plate
 from ppl_vae.scoring.layout import Layout
-from ppl_vae.scoring.running import Program, Sites, Values, log_probs, loop, particles, run, scored_sites, tiles
+from ppl_vae.scoring.running import (
+    Program,
+    Scores,
+    Sites,
+    Values,
+    log_probs,
+    loop,
+    particles,
+    run,
+    scored_sites,
+    tiles,
+)
 
-Strategy = Callable[[Layout, Program, tuple[Any, ...], Values, int], tuple[Values, Tensor]]
+Strategy = Callable[[Layout, Program, tuple[Any, ...], Values, int], Scores]
 
 # A few data and samples show every shape; the two differ so that neither can be taken for the other.
 PROBE_DATA, PROBE_SAMPLES = 6, 2
@@ -102,15 +113,33 @@ class Pair:
     def draw(self, encoded: Sites, *args: Any, num_samples: int) -> tuple[Values, Tensor]:
         """Latents in canonical form and their log q(z given x), float64 `(num_samples, batch)`."""
         if not self.encodes_once:
-            return self.strategy(self.layout, self.guide, args, {}, num_samples)
+            drawn = self.strategy(self.layout, self.guide, args, {}, num_samples)
+            return drawn.values, drawn.total
         fns = {name: self.layout.full_rank(site["fn"]) for name, site in encoded.items()}
         z = {name: fn(torch.Size([num_samples])) for name, fn in fns.items()}
-        log_q = (scale_and_mask(fns[n].log_prob(z[n]), mask=encoded[n]["mask"]) for n in z)
-        return z, self.layout.per_datum(log_q, args).expand(num_samples, -1)
+        return z, self.log_q(encoded, z, *args, num_samples=num_samples)
+
+    def draw_prior(self, *args: Any, num_samples: int) -> Values:
+        """Latents from the model's own prior, in canonical form."""
+        drawn = self.strategy(self.layout, self.model, args, {}, num_samples).values
+        return {name: drawn[name] for name in self.latents}
+
+    def log_q(self, encoded: Sites, z: Values, *args: Any, num_samples: int) -> Tensor:
+        """log q(z given x) of any latents in canonical form, float64 `(num_samples, batch)`."""
+        if not self.encodes_once:
+            given = {name: z[name] for name in self.drawn}
+            return self.strategy(self.layout, self.guide, args, given, num_samples).total
+        fns = {name: self.layout.full_rank(site["fn"]) for name, site in encoded.items()}
+        log_q = (scale_and_mask(fn.log_prob(z[n]), mask=encoded[n]["mask"]) for n, fn in fns.items())
+        return self.layout.per_datum(log_q, args).expand(num_samples, -1)
 
     def log_joint(self, z: Values, *args: Any, num_samples: int) -> Tensor:
         """log p(x, z) at latents in canonical form, float64 `(num_samples, batch)`."""
-        return self.strategy(self.layout, self.model, args, {name: z[name] for name in self.latents}, num_samples)[1]
+        return self.scores(z, *args, num_samples=num_samples).total
+
+    def scores(self, z: Values, *args: Any, num_samples: int) -> Scores:
+        """log p(z) and log p(x given z), apart, at latents in canonical form."""
+        return self.strategy(self.layout, self.model, args, {name: z[name] for name in self.latents}, num_samples)
 
     def blame(self, z: Values, *args: Any) -> str:
         """Which site has a log-probability of NaN or +∞ at one sample of the latents, in words."""
@@ -123,7 +152,7 @@ class Pair:
 
     def _inspect(self, args: tuple[Any, ...]) -> None:
         """Finds the plate over the data and refuses what has no log weight per datum."""
-        model, guide = self._traced(args)
+        model, guide = self.sites(args)
         sites = {f"Site '{name}' of the model": site for name, site in model.items()}
         sites |= {f"Site '{name}' of the guide": site for name, site in guide.items()}
         for who, site in sites.items():
@@ -141,8 +170,8 @@ class Pair:
         # A Delta computes its value from the other sites.
         self.drawn = [name for name, site in guide.items() if not (site["is_observed"] or is_delta(site))]
 
-    def _traced(self, args: tuple[Any, ...]) -> tuple[Sites, Sites]:
-        """The sites of the model and of the guide, at the same latents."""
+    def sites(self, args: tuple[Any, ...]) -> tuple[Sites, Sites]:
+        """The sites of the model and of the guide on these data, at the same latents."""
         try:
             guide_trace = poutine.trace(self.guide).get_trace(*args)
             model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*args)
@@ -161,7 +190,7 @@ class Pair:
         found = data_plates(model, num_data)
         if len(found) > 1 and num_data > 1:
             with suppress(ValueError, RuntimeError):  # of programs that run on all the data or not at all
-                shorter = data_plates(self._traced(rows(args, slice(num_data - 1)))[0], num_data - 1)
+                shorter = data_plates(self.sites(rows(args, slice(num_data - 1)))[0], num_data - 1)
                 found = {name: dim for name, dim in found.items() if name in shorter}
         if not found:
             raise ValueError(no_plate(model, num_data))
@@ -178,8 +207,8 @@ class Pair:
 
         def densities(strategy: Strategy, args: tuple[Any, ...], z: Values) -> tuple[Tensor, Tensor]:
             self.strategy = strategy
-            values, log_q = strategy(self.layout, self.guide, args, z, PROBE_SAMPLES)
-            return log_q, self.log_joint(values, *args, num_samples=PROBE_SAMPLES)
+            drawn = strategy(self.layout, self.guide, args, z, PROBE_SAMPLES)
+            return drawn.total, self.log_joint(drawn.values, *args, num_samples=PROBE_SAMPLES)
 
         def compare(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], complaint: str) -> None:
             for program, one, other in zip(("guide", "model"), found, expected, strict=True):
@@ -187,7 +216,7 @@ class Pair:
                     raise ValueError(f"The {program} {complaint}")
 
         try:
-            drawn = loop(self.layout, self.guide, args, {}, PROBE_SAMPLES)[0]
+            drawn = loop(self.layout, self.guide, args, {}, PROBE_SAMPLES).values
             z = {name: value for name, value in drawn.items() if name in self.drawn}
             truth = densities(loop, args, z)
         except (KeyError, NotImplementedError) as error:

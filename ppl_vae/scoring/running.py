@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -20,18 +20,30 @@ Values = dict[str, Tensor]
 Sites = dict[str, Any]
 
 
-def particles(
-    layout: Layout, program: Program, args: tuple[Any, ...], values: Values, num_samples: int
-) -> tuple[Values, Tensor]:
+class Scores(NamedTuple):
+    """What one program says of many samples: its values in canonical form, and log-probabilities per datum.
+
+    The log-probabilities are float64 `(num_samples, batch)`: of the latent sites, and of all others.
+    """
+
+    values: Values
+    latent: Tensor
+    observed: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.latent + self.observed
+
+
+def particles(layout: Layout, program: Program, args: tuple[Any, ...], values: Values, num_samples: int) -> Scores:
     """One run in a plate of samples to the left of all others; for programs that take leading dimensions."""
     with pyro.plate("particles", num_samples, dim=-layout.nesting - 1):
         trace = run(program, args, values)
-    return values_of(trace), layout.per_datum(log_probs(trace, values), args).expand(num_samples, -1)
+    latent, observed = per_datum(layout, trace, values, args)
+    return Scores(values_of(trace), latent.expand(num_samples, -1), observed.expand(num_samples, -1))
 
 
-def tiles(
-    layout: Layout, program: Program, args: tuple[Any, ...], values: Values, num_samples: int
-) -> tuple[Values, Tensor]:
+def tiles(layout: Layout, program: Program, args: tuple[Any, ...], values: Values, num_samples: int) -> Scores:
     """One run on the data repeated for each sample; for programs whose plate is as long as the data."""
 
     def fold(name: str, value: Tensor) -> Tensor:
@@ -51,22 +63,36 @@ def tiles(
             )
             for k in parts
         ]
-        return {n: torch.cat([z[n] for z, _ in results]) for n in results[0][0]}, torch.cat([lp for _, lp in results])
+        return joined(results)
     tiled = tuple(torch.cat([a] * num_samples) if is_per_datum(a) else a for a in args)
     trace = run(program, tiled, {name: fold(name, value) for name, value in values.items()})
-    log_prob = layout.per_datum(log_probs(trace, values), tiled).reshape(num_samples, -1)
-    return {name: unfold(name, v) for name, v in values_of(trace).items() if name in layout.ranks}, log_prob
+    latent, observed = (part.reshape(num_samples, -1) for part in per_datum(layout, trace, values, tiled))
+    return Scores({n: unfold(n, v) for n, v in values_of(trace).items() if n in layout.ranks}, latent, observed)
 
 
-def loop(
-    layout: Layout, program: Program, args: tuple[Any, ...], values: Values, num_samples: int
-) -> tuple[Values, Tensor]:
+def loop(layout: Layout, program: Program, args: tuple[Any, ...], values: Values, num_samples: int) -> Scores:
     """One run for each sample: always right, and slow."""
     natural = {name: layout.natural(name, value) for name, value in values.items()}
-    traces = [run(program, args, {n: v[k] for n, v in natural.items()}) for k in range(num_samples)]
-    names = [name for name in values_of(traces[0]) if name in layout.ranks]
-    drawn = {n: layout.canonical(n, torch.stack([values_of(t)[n] for t in traces])) for n in names}
-    return drawn, torch.cat([layout.per_datum(log_probs(t, values), args) for t in traces])
+    runs = []
+    for k in range(num_samples):
+        trace = run(program, args, {n: v[k] for n, v in natural.items()})
+        drawn = {n: layout.canonical(n, v[None]) for n, v in values_of(trace).items() if n in layout.ranks}
+        runs.append(Scores(drawn, *per_datum(layout, trace, values, args)))
+    return joined(runs)
+
+
+def joined(runs: list[Scores]) -> Scores:
+    """The samples of several runs, one after the other."""
+    values = {name: torch.cat([run.values[name] for run in runs]) for name in runs[0].values}
+    return Scores(values, torch.cat([run.latent for run in runs]), torch.cat([run.observed for run in runs]))
+
+
+def per_datum(layout: Layout, trace: poutine.Trace, given: Values, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Sums of the latent and of the other sites' log-probabilities, `(num_samples or 1, batch)` each."""
+    parts: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, log_prob in zip(scored_sites(trace), log_probs(trace, given), strict=True):
+        parts[name in layout.ranks].append(log_prob)
+    return layout.per_datum(parts[True], args), layout.per_datum(parts[False], args)
 
 
 def run(program: Program, args: tuple[Any, ...], values: Values) -> poutine.Trace:

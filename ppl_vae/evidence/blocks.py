@@ -1,0 +1,90 @@
+"""Scoring data block by block, with draws that depend on the seed and on a datum's place, and on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+
+from ppl_vae import isolation, scoring
+from ppl_vae.scoring import Pair, Program
+
+
+@contextmanager
+def looked_at(model: Program, guide: Program, *args: Any) -> Iterator[Pair]:
+    """The pair, ready to be scored; what scoring it does to modules, parameter store and random state is undone."""
+    store = pyro.get_param_store()
+    with isolation.evaluation(model, guide, seed=0), store.scope(store.get_state()), _in_words():
+        yield Pair(model, guide, *args)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some of the data.
+
+    Attributes:
+        start: index of the first.
+        args: the data, and what else the programs take.
+        width: for how many data random numbers are drawn: every block's the same, so that the first datum has the same
+            draws alone and among many.
+    """
+
+    start: int
+    args: tuple[Any, ...]
+    width: int
+
+    def wide(self) -> tuple[Any, ...]:
+        """The data, the last of them repeated up to the full width."""
+        return scoring.widened(self.args, self.width)
+
+
+def blocks(pair: Pair, args: tuple[Any, ...], size: int) -> Iterator[Block]:
+    """The data in blocks of `size`; as one for a pair that runs on all its data or not at all."""
+    num_data = len(args[0])
+    if not pair.splits:
+        yield Block(0, args, num_data)
+        return
+    for start in range(0, num_data, size):
+        yield Block(start, scoring.rows(args, slice(start, start + size)), size)
+
+
+def root_seed(seed: int | None) -> int:
+    """Any integer as one of 64 bits; None takes one from the global random state."""
+    return (int(torch.randint(2**62, ())) if seed is None else seed) % 2**64
+
+
+def start_from(root: int, *what: int) -> None:
+    """Starts torch's random numbers from a seed of their own for `what` is drawn, such as a block and a step."""
+    torch.manual_seed(int(np.random.SeedSequence((root, *what)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def at_least_one(name: str, value: Any) -> int:
+    """Refuses what is no count.
+
+    Example:
+        >>> at_least_one("num_samples", 3)
+        3
+    """
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+    return int(value)
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Says of parameters that a distribution refuses what it means for the model."""
+    try:
+        yield
+    except ValueError as error:
+        if "Expected parameter" not in str(error):
+            raise
+        what = str(error).split(", but found")[0]
+        raise ValueError(
+            f"A distribution of the pair got parameters that it cannot have ({what}). Its networks hold NaN, or a "
+            "scale is not positive: the model cannot be scored as it is."
+        ) from error
