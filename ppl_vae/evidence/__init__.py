@@ -1,7 +1,21 @@
-"""log p(x) of any pair, per datum and with its own error."""
+"""log p(x) of any pair, per datum and with its own error: estimates, bounds from both sides, exact references."""
 
+from ppl_vae.evidence.annealing import AnnealedEvidence, annealed_importance_sampling
+from ppl_vae.evidence.bounds import Bounds, Kind, ModeCheck, bounds, mode_check, sandwich
 from ppl_vae.evidence.importance import importance_sampling
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import WeightStream
 
-__all__ = ["Evidence", "WeightStream", "importance_sampling"]
+__all__ = [
+    "AnnealedEvidence",
+    "Bounds",
+    "Evidence",
+    "Kind",
+    "ModeCheck",
+    "WeightStream",
+    "annealed_importance_sampling",
+    "bounds",
+    "importance_sampling",
+    "mode_check",
+    "sandwich",
+]

@@ -17,10 +17,17 @@ from ppl_vae.scoring import Pair, Program
 
 @contextmanager
 def looked_at(model: Program, guide: Program, *args: Any) -> Iterator[Pair]:
-    """The pair, ready to be scored; what scoring it does to modules, parameter store and random state is undone."""
-    store = pyro.get_param_store()
-    with isolation.evaluation(model, guide, seed=0), store.scope(store.get_state()), _in_words():
+    """The pair, ready to be scored and `untouched` afterwards."""
+    with untouched(model, guide), _in_words():
         yield Pair(model, guide, *args)
+
+
+@contextmanager
+def untouched(model: Program, guide: Program) -> Iterator[None]:
+    """What running the programs does to modules, parameter store and random state is undone."""
+    store = pyro.get_param_store()
+    with isolation.evaluation(model, guide, seed=0), store.scope(store.get_state()):
+        yield
 
 
 @dataclass(frozen=True)

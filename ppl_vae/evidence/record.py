@@ -82,11 +82,7 @@ class Evidence:
             ("  bias", f"{self.mc_bias:.4f}", "for lack of samples, to first order"),
             ("ELBO", f"{self.elbo.mean().item():.3f}", "nats per datum"),
             ("ESS, median", f"{self.ess.median().item():.1f}", f"of {self.num_samples} samples"),
-            (
-                "Pareto k good",
-                f"{100 * self.share_believable:.1f} %",
-                f"of the data, k < {pareto.threshold(self.num_samples):.2f}",
-            ),
+            self._quality(),
         ]
         title = f"{self.method}: {len(self.log_px)} data, {self.num_samples} samples each"
         # One datum has no spread over data, one sample none over samples.
@@ -95,6 +91,28 @@ class Evidence:
 
     def warnings(self) -> list[str]:
         """In sentences, why these numbers should not be believed; empty when nothing speaks against them."""
+        found = self._doubts()
+        if (wide := (self.standard_error > 0.5).double().mean().item()) > 0.05:
+            found.append(
+                f"The standard error exceeds 0.5 nats for {100 * wide:.0f} % of the data, beyond where it and the "
+                "bias hold to first order."
+            )
+        if (impossible := int(self.log_px.isneginf().sum())) > 0:
+            found.append(f"{impossible} data got probability 0 under every sample, so that the mean is −∞.")
+        if -self.mc_bias > self.mc_standard_error and -self.mc_bias > 0.01:
+            found.append(
+                "The bias is larger than the error over samples: the mean is too low, and averaging over more data "
+                "will not mend it. Take more samples."
+            )
+        return found
+
+    def _quality(self) -> tuple[str, str, str]:
+        """A row on how far the weights can be believed."""
+        limit = pareto.threshold(self.num_samples)
+        return "Pareto k good", f"{100 * self.share_believable:.1f} %", f"of the data, k < {limit:.2f}"
+
+    def _doubts(self) -> list[str]:
+        """What the weights themselves say against their mean."""
         found = []
         limit = pareto.threshold(self.num_samples)
         if self.num_samples < 100:
@@ -112,17 +130,5 @@ class Evidence:
             found.append(
                 f"The effective sample size is below 50 for {100 * few:.0f} % of the data: a handful of samples "
                 "carries the estimate. More samples help where Pareto k is small."
-            )
-        if (wide := (self.standard_error > 0.5).double().mean().item()) > 0.05:
-            found.append(
-                f"The standard error exceeds 0.5 nats for {100 * wide:.0f} % of the data, beyond where it and the "
-                "bias hold to first order."
-            )
-        if (impossible := int(self.log_px.isneginf().sum())) > 0:
-            found.append(f"{impossible} data got probability 0 under every sample, so that the mean is −∞.")
-        if -self.mc_bias > self.mc_standard_error and -self.mc_bias > 0.01:
-            found.append(
-                "The bias is larger than the error over samples: the mean is too low, and averaging over more data "
-                "will not mend it. Take more samples."
             )
         return found

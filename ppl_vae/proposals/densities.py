@@ -214,8 +214,9 @@ class _Defensive(Density):
         self.share = count / num_samples
 
     def draw(self, start: int, stop: int) -> Tensor:
-        here = self.from_prior[start:stop]
-        before = int(self.from_prior[:start].sum())
+        numbers = torch.arange(stop) % len(self.from_prior)
+        here = self.from_prior[numbers[start:]]
+        before = int(self.from_prior[numbers[:start]].sum())
         count = int(here.sum())
         parts = []
         if count < len(here):

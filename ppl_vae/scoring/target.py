@@ -71,6 +71,13 @@ class Target:
         """u from the prior, `(num_samples, batch, dim)`."""
         return self.coordinates.flatten(self.pair.draw_prior(*self._wide, num_samples=num_samples))[:, : self.batch]
 
+    def from_trace(self, values: Values, start: int) -> Tensor:
+        """u of the latents as one run of the model on all data has them, from datum `start`, `(1, batch, dim)`."""
+        layout = self.pair.layout
+        canonical = {s.name: layout.canonical(s.name, values[s.name].unsqueeze(0)) for s in self.coordinates.sites}
+        axis = self.coordinates.axis
+        return self.coordinates.flatten({n: v.narrow(axis, start, self.batch) for n, v in canonical.items()})
+
     def normal(self, num_samples: int) -> Tensor:
         """Standard normal numbers in the shape of u."""
         wide = torch.randn(num_samples, self.width, self.dim, dtype=self.dtype, device=self.device)

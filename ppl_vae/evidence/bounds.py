@@ -1,0 +1,385 @@
+"""log p(x) from below and from above, and what each number may be taken for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import log, nan, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_vae import scoring
+from ppl_vae.evidence.annealing import AnnealedEvidence, Work, annealed_importance_sampling
+from ppl_vae.evidence.blocks import at_least_one, blocks, looked_at, root_seed, start_from, untouched
+from ppl_vae.evidence.importance import importance_sampling
+from ppl_vae.evidence.record import Evidence
+from ppl_vae.evidence.simulation import simulate
+from ppl_vae.proposals import Guide, Prior, Proposal
+from ppl_vae.scoring import Program
+
+Estimator = Callable[..., Evidence]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a number near log p(x) is.
+
+    Attributes:
+        name: the estimator, in the words of the field.
+        side: "lower" or "upper".
+        in_expectation: whether the expectation of one estimate lies on that side of log p(x).
+        in_probability: whether one estimate is on the wrong side by more than t nats with probability e^−t at most.
+        data: "any", or "simulated" where it holds only for data drawn from the model together with their latents.
+    """
+
+    name: str
+    side: str
+    in_expectation: bool
+    in_probability: bool
+    data: str
+
+    def __str__(self) -> str:
+        strength = ["in expectation"] * self.in_expectation + ["in probability"] * self.in_probability
+        return f"{self.side} bound {' and '.join(strength)}: {self.name}, {self.data} data"
+
+
+# Estimates of a CUBO, or of an EUBO by self-normalised weights, are not here: their expectations lie on neither side.
+MEAN_WEIGHT = Kind("log mean weight", "lower", in_expectation=True, in_probability=True, data="any")
+TANGENT = Kind("tangent of the logarithm", "upper", in_expectation=True, in_probability=False, data="any")
+REVERSE = Kind("reverse annealing", "upper", in_expectation=True, in_probability=True, data="simulated")
+MULTI_SAMPLE = Kind(
+    "log mean weight of one reverse and K − 1 forward chains",
+    "upper",
+    in_expectation=True,
+    in_probability=True,
+    data="simulated",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """Estimates of log p(x) from both sides, per datum, in nats, float64 `(N,)`.
+
+    They are bounds in expectation: over the data their means bracket the mean log p(x) up to the errors given, while a
+    single datum's may cross.
+
+    Attributes:
+        lower: see `kind["lower"]`.
+        upper: see `kind["upper"]`.
+        kind: for each of these names what its number is: a bound on which side, how strongly, and for which data.
+        lower_error: standard error of lower over other draws.
+        upper_error: of upper; NaN for `sandwich`, where there is one reverse chain for each datum.
+        reverse: on simulated data, the upper bound of the reverse chain alone, `kind["reverse"]`; None on others.
+        modes: on real data, whether chains from the prior find more than those from the guide; None where not asked.
+        method: how they were made, in words.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    kind: dict[str, Kind]
+    lower_error: Tensor
+    upper_error: Tensor
+    reverse: Tensor | None
+    modes: ModeCheck | None
+    method: str
+
+    @property
+    def width(self) -> Tensor:
+        """upper − lower, `(N,)`."""
+        return self.upper - self.lower
+
+    def summary(self) -> None:
+        """Prints the means with their errors, what each of them is, and what speaks against them."""
+        print(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.method}: {len(self.lower)} data"]
+        names = ["upper", *(["reverse"] if self.reverse is not None else []), "lower"]
+        for name in names:
+            values = getattr(self, name)
+            lines.append(f"{name:<18}{values.mean().item():>12.3f} ± {_error(values):.3f}  {self.kind[name]}")
+        lines.append(f"{'width':<18}{self.width.mean().item():>12.4f} ± {_error(self.width):.4f}  nats per datum")
+        return "\n".join([*lines, *(f"! {warning}" for warning in self.warnings())])
+
+    def warnings(self) -> list[str]:
+        """In sentences, why these numbers should not be believed; empty when nothing speaks against them."""
+        found = []
+        if self.kind["upper"] is TANGENT:
+            if (far := (self.width.abs() > 1).double().mean().item()) > 0.05:
+                found.append(
+                    f"Two independent runs disagree by more than about a nat for {100 * far:.0f} % of the data: the "
+                    "estimates have not settled. Take more temperatures."
+                )
+            if self.modes is None:
+                found.append(
+                    "The upper bound holds on average over runs; where every run misses the same mode of the "
+                    "posterior, both numbers are too low and agree. Chains from the prior are a check: mode_check."
+                )
+        elif (far := self.width.mean().item()) > 1:
+            found.append(f"The bounds are {far:.1f} nats apart on average. Take more temperatures.")
+        return found + (self.modes.warnings() if self.modes is not None else [])
+
+
+def _error(values: Tensor) -> float:
+    return values.std().item() / sqrt(len(values)) if len(values) > 1 else nan
+
+
+def sandwich(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_data: int = 100,
+    num_chains: int = 16,
+    num_temperatures: int = 100,
+    num_leapfrog: int = 5,
+    proposal: Proposal = Guide(),  # noqa: B008 - it holds nothing
+    seed: int | None = 0,
+) -> Bounds:
+    """Bounds log p(x) from both sides on data *simulated from the model* (Grosse et al., 2015).
+
+    The z that a datum x was simulated with is an exact draw from p(z given x). From it one chain is annealed backwards,
+    from the posterior to the proposal: its log weight is an upper bound in expectation. K − 1 forward chains beside it
+    make the bound tighter, log mean (w_reverse, w_2, …, w_K) (Brekelmans et al., 2022); K forward chains give the lower
+    bound. All use temperatures and step sizes frozen after a pilot run.
+
+    What it says: on data that the model makes, so many chains and temperatures are off by at most so much. It says
+    nothing of real data on which the model is worse than on its own; no reverse chain can start there.
+
+    Args:
+        model: p(x, z). Without further arguments it must draw data when called as `model(None, num_data=...)`, as
+            the models of this package do.
+        guide: q(z given x).
+        *args: for any other model, data whose shapes and whose inputs beside x are used; the values of x are not.
+        num_data: how many data to simulate; at most as many as there are in args.
+        num_chains: K.
+        num_temperatures: T.
+        num_leapfrog: L, gradients in a move.
+        proposal: where forward chains start and the reverse chain ends.
+        seed: of the data and the chains.
+
+    Returns:
+        `Bounds`: lower, upper and reverse for each simulated datum.
+
+    Raises:
+        ValueError: as `annealed_importance_sampling`; and when the simulated x cannot be given to the guide, for no
+            argument is what the model observes.
+
+    References:
+        Grosse, Ghahramani & Adams, Sandwiching the Marginal Likelihood Using Bidirectional Monte Carlo, 2015.
+        https://arxiv.org/abs/1511.02543
+        Brekelmans et al., Improving Mutual Information Estimation with Annealed and Energy-Based Bounds, 2022.
+        https://arxiv.org/abs/2303.06992
+
+    Example:
+        >>> from ppl_vae.linear_gaussian import LinearGaussian
+        >>> lg = LinearGaussian(torch.tensor([[1.0], [2.0], [0.5]]), mean=0.0, noise=0.7)
+        >>> found = sandwich(lg.model, lg.perturbed_guide(), num_data=50)
+        >>> bool((found.upper - found.lower).mean().abs() < 0.1)
+        True
+    """
+    work = Work(num_chains, num_temperatures, num_leapfrog, proposal)
+    num_data = at_least_one("num_data", num_data)
+    root = root_seed(seed)
+    with untouched(model, guide):
+        start_from(root, 2**32)
+        args, latents = simulate(model, args, num_data)
+    with looked_at(model, guide, *args) as pair:
+        parts = []
+        for block in blocks(pair, args, work.block_size):
+            path, schedule = work.prepared(pair, block, root)
+            start_from(root, block.start, 2)
+            forward, first, _ = path.forward(schedule, work.num_chains)
+            columns = work.columns(forward, first, block)
+            start_from(root, block.start, 3)
+            reverse = path.backward(schedule, path.target.from_trace(latents, block.start))
+            together = torch.cat([reverse, forward[1:]])
+            parts.append((columns[0], columns[1], reverse[0], together.logsumexp(0) - log(len(together))))
+    lower, lower_error, reverse, upper = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Bounds(
+        lower,
+        upper,
+        {"lower": MEAN_WEIGHT, "upper": MULTI_SAMPLE, "reverse": REVERSE},
+        lower_error,
+        torch.full_like(upper, nan),
+        reverse,
+        None,
+        f"Annealing from {proposal} and back, {work.num_temperatures} temperatures, simulated data",
+    )
+
+
+def bounds(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    estimators: Sequence[Estimator] = (annealed_importance_sampling, importance_sampling),
+    num_mode_checks: int = 8,
+    seed: int | None = 0,
+) -> Bounds:
+    """Bounds log p(x) of real data from below, and in expectation from above.
+
+    Each estimator is run once, and the one with the highest mean again, with draws of its own: the first of its runs
+    gives c, the second p̂, which had no part in the choice. L = log p̂ is a lower bound in expectation. As
+    log p ≤ log c + (p − c) / c for any c > 0, the tangent of the logarithm at c,
+
+        U = log c + p̂ / c − 1,
+
+    is an upper bound in expectation (Struski et al., 2022), since p̂ is unbiased and c independent of it. U − L ≥ 0
+    measures how far two runs agree. It cannot tell what both have missed: U holds on average over runs, by rare huge
+    values where all of a mode is missed, and has no guarantee in probability. Hence the chains from the prior.
+
+    Args:
+        model: p(x, z), with continuous latents or few discrete ones.
+        guide: q(z given x).
+        *args: the data, `(N, ...)`, and what else both programs take.
+        estimators: functions `(model, guide, *args, seed=...)` to an `Evidence` whose weights are unbiased for p(x),
+            such as `functools.partial(pv.importance_sampling, num_samples=5000)`.
+        num_mode_checks: how many of the data, evenly spread, to anneal from the prior as well; see `mode_check`.
+        seed: of the draws.
+
+    Returns:
+        `Bounds` with `kind` saying what each number is, and `modes`.
+
+    Raises:
+        ValueError: as the estimators.
+
+    Reference:
+        Struski, Mazur, Batorski, Spurek & Tabor, Bounding Evidence and Estimating Log-Likelihood in VAE, 2022.
+        https://arxiv.org/abs/2206.09453
+
+    Example:
+        >>> from functools import partial
+        >>> from ppl_vae.linear_gaussian import LinearGaussian
+        >>> lg = LinearGaussian(torch.tensor([[1.0], [2.0], [0.5]]), mean=0.0, noise=0.7)
+        >>> x = lg.model(num_data=50)
+        >>> found = bounds(lg.model, lg.perturbed_guide(), x, estimators=[importance_sampling], num_mode_checks=0)
+        >>> str(found.kind["upper"])
+        'upper bound in expectation: tangent of the logarithm, any data'
+    """
+    if not estimators:
+        raise ValueError("bounds needs one estimator of log p(x) or more; got none.")
+    root = root_seed(seed)
+    pilots = [estimator(model, guide, *args, seed=(root + i) % 2**64) for i, estimator in enumerate(estimators, 1)]
+    # One choice for all data: a choice for each would follow the noise of the noisier estimator.
+    pilot, estimator = max(zip(pilots, estimators, strict=True), key=lambda pair: pair[0].mean)
+    found = estimator(model, guide, *args, seed=(root - 1) % 2**64)
+    ratio = (found.log_px - pilot.log_px).exp()
+    modes = None
+    if num_mode_checks:
+        modes = mode_check(model, guide, *args, num_data=num_mode_checks, seed=root)
+    return Bounds(
+        found.log_px,
+        pilot.log_px + ratio - 1,
+        {"lower": MEAN_WEIGHT, "upper": TANGENT},
+        found.standard_error,
+        ratio * found.standard_error,
+        None,
+        modes,
+        f"{found.method}, twice",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ModeCheck:
+    """Chains from the guide and chains from the prior on the same data: do they find the same mass?
+
+    Attributes:
+        index: which data, `(M,)`.
+        from_guide: their evidence by annealing from the guide.
+        from_prior: by annealing from the prior, which visits modes that the guide does not know of.
+    """
+
+    index: Tensor
+    from_guide: AnnealedEvidence
+    from_prior: AnnealedEvidence
+
+    @property
+    def missed(self) -> Tensor:
+        """Where the prior's chains found more than the guide's, by over 3 standard errors and 0.1 nats, `(M,)`."""
+        more = self.from_prior.log_px - self.from_guide.log_px
+        error = (self.from_prior.standard_error.square() + self.from_guide.standard_error.square()).sqrt()
+        return (more > 3 * error) & (more > 0.1)
+
+    def summary(self) -> None:
+        """Prints both means and what follows from them."""
+        print(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{evidence.method}: {evidence.mean:.3f} ± {evidence.mc_standard_error:.3f} over {len(self.index)} data"
+            for evidence in (self.from_guide, self.from_prior)
+        ]
+        return "\n".join([*lines, *(f"! {warning}" for warning in self.warnings())])
+
+    def warnings(self) -> list[str]:
+        """In sentences, what the guide's chains have missed, or why the check could not tell."""
+        found = []
+        if count := int(self.missed.sum()):
+            most = (self.from_prior.log_px - self.from_guide.log_px)[self.missed].max().item()
+            found.append(
+                f"Chains from the prior find more mass than chains from the guide for {count} of {len(self.index)} "
+                f"data, up to {most:.2f} nats: the guide misses a mode of their posteriors, and numbers from it are "
+                "too low."
+            )
+        behind = int((self.from_prior.log_px < self.from_guide.log_px - 1).sum())
+        if behind > len(self.index) / 2:
+            found.append(
+                f"Chains from the prior stay more than a nat below those from the guide for {behind} of "
+                f"{len(self.index)} data: with so few temperatures they cannot tell whether the guide misses a mode."
+            )
+        return found
+
+
+def mode_check(
+    model: Program,
+    guide: Program,
+    *args: Any,
+    num_data: int = 8,
+    num_chains: int = 16,
+    num_temperatures: int = 1000,
+    num_leapfrog: int = 5,
+    seed: int | None = 0,
+) -> ModeCheck:
+    """Anneals some of the data from the guide and from the prior, to see whether the guide misses a mode.
+
+    All that starts from a guide inherits what the guide does not know of, and no diagnostic of its weights can show it.
+    Chains from the prior start everywhere, and need many more temperatures.
+
+    Args:
+        model: p(x, z).
+        guide: q(z given x).
+        *args: the data, `(N, ...)`, and what else both programs take.
+        num_data: how many of them, evenly spread.
+        num_chains: K, for each datum and start.
+        num_temperatures: T, from the prior; from the guide a tenth.
+        num_leapfrog: L.
+        seed: of the draws.
+
+    Returns:
+        A `ModeCheck`; its `missed` is true where the prior's chains found more.
+
+    Example:
+        >>> from ppl_vae.linear_gaussian import LinearGaussian
+        >>> lg = LinearGaussian(torch.tensor([[1.0], [2.0], [0.5]]), mean=0.0, noise=0.7)
+        >>> mode_check(lg.model, lg.guide, lg.model(num_data=7), num_data=3, num_temperatures=100).missed
+        tensor([False, False, False])
+    """
+    available, wanted = scoring.check_data(*args), at_least_one("num_data", num_data)
+    index = torch.linspace(0, available - 1, min(wanted, available)).round().long()
+    some = scoring.rows(args, index.to(args[0].device))
+    root = root_seed(seed)
+    guided, prior = (
+        annealed_importance_sampling(
+            model,
+            guide,
+            *some,
+            num_chains=num_chains,
+            num_temperatures=temperatures,
+            num_leapfrog=num_leapfrog,
+            proposal=proposal,
+            seed=root,
+        )
+        for proposal, temperatures in ((Guide(), max(1, num_temperatures // 10)), (Prior(), num_temperatures))
+    )
+    return ModeCheck(index, guided, prior)
