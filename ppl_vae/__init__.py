@@ -53,7 +53,15 @@ if TYPE_CHECKING:
         vae,
     )
     from ppl_vae.autoencoder import Autoencoder
-    from ppl_vae.evidence import Evidence, importance_sampling
+    from ppl_vae.evidence import (
+        Bounds,
+        Evidence,
+        annealed_importance_sampling,
+        bounds,
+        importance_sampling,
+        mode_check,
+        sandwich,
+    )
     from ppl_vae.likelihoods import bits_per_dim
     from ppl_vae.linear_gaussian import LinearGaussian
     from ppl_vae.scoring import log_weights
@@ -66,12 +74,15 @@ __version__ = "0.1.0"
 __all__ = [
     "VAE",
     "Autoencoder",
+    "Bounds",
     "Evidence",
     "History",
     "LinearGaussian",
+    "annealed_importance_sampling",
     "autoencoder",
     "batches",
     "bits_per_dim",
+    "bounds",
     "cli",
     "coin",
     "data",
@@ -84,6 +95,7 @@ __all__ = [
     "linear_gaussian",
     "load",
     "log_weights",
+    "mode_check",
     "networks",
     "parameters",
     "pareto",
@@ -92,6 +104,7 @@ __all__ = [
     "priors",
     "proposals",
     "reporting",
+    "sandwich",
     "save",
     "scoring",
     "storage",
@@ -100,6 +113,11 @@ __all__ = [
 ]
 
 _ROOM_OF = {
+    "Bounds": "evidence",
+    "mode_check": "evidence",
+    "sandwich": "evidence",
+    "bounds": "evidence",
+    "annealed_importance_sampling": "evidence",
     "VAE": "vae",
     "Autoencoder": "autoencoder",
     "Evidence": "evidence",

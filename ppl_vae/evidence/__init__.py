@@ -1,7 +1,7 @@
 """log p(x) of any pair, per datum and with its own error: estimates, bounds from both sides, exact references."""
 
 from ppl_vae.evidence.annealing import AnnealedEvidence, annealed_importance_sampling
-from ppl_vae.evidence.bounds import Bounds, Kind, ModeCheck, bounds, mode_check, sandwich
+from ppl_vae.evidence.bounding import Bounds, Kind, ModeCheck, bounds, mode_check, sandwich
 from ppl_vae.evidence.importance import importance_sampling
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import WeightStream

@@ -67,6 +67,11 @@ class Path:
             slopes = _slope(log_start, u, retain_graph=True), _slope(log_end, u)
         return State(u.detach(), log_start.detach(), log_end.detach(), *slopes)
 
+    def begin(self, num_chains: int) -> State:
+        """Chains at draws from f₀; here every distribution checks its parameters and its data."""
+        with pyro.validation_enabled(True):
+            return self.at(self.start.draw(0, num_chains))
+
     def move(self, state: State, temperature: Tensor, step_size: Tensor) -> tuple[State, Tensor]:
         """One move of every chain at a temperature `(batch,)`, and the share of chains that is accepted `(batch,)`."""
         chains = len(state.u)
@@ -100,6 +105,7 @@ class Path:
         )
         return state, log_accept.exp().clamp(max=1.0).nan_to_num(0.0).mean(0)
 
+    @pyro.validation_enabled(False)
     def pilot(self, num_steps: int) -> Schedule:
         """Temperatures that share the way evenly among `num_steps`, and step sizes, from chains that are thrown away.
 
@@ -107,7 +113,7 @@ class Path:
         then divided, so that all of the schedule's cost about the same.
         """
         largest = log(3 / self.num_leapfrog)  # about half an orbit in a standard normal
-        state = self.at(self.start.draw(0, PILOT_CHAINS))
+        state = self.begin(PILOT_CHAINS)
         beta = torch.zeros_like(state.log_end[0])
         log_step = torch.full_like(beta, largest)
 
@@ -137,9 +143,10 @@ class Path:
         resolved = length < most
         return Schedule(between(reached), between(torch.stack(log_steps)).exp(), resolved)
 
+    @pyro.validation_enabled(False)
     def forward(self, schedule: Schedule, num_chains: int) -> tuple[Tensor, Tensor, Tensor]:
         """log weights of chains from f₀ to f₁, those before the first move, and the share of moves accepted."""
-        state = self.at(self.start.draw(0, num_chains))
+        state = self.begin(num_chains)
         first, log_w = state.log_ratio, torch.zeros_like(state.log_end)
         accepted = []
         steps = zip(schedule.temperatures.diff(dim=0), schedule.temperatures[1:], schedule.step_sizes[1:], strict=True)
@@ -150,6 +157,7 @@ class Path:
                 accepted.append(share)
         return log_w, first, torch.stack(accepted).mean(0) if accepted else torch.ones_like(log_w[0])
 
+    @pyro.validation_enabled(False)
     def backward(self, schedule: Schedule, u: Tensor) -> Tensor:
         """log weights of the same chains run from f₁ to f₀, starting at exact draws from the posterior."""
         state = self.at(u)
@@ -321,11 +329,9 @@ class Work:
         start_from(root, block.start, 0)
         with pyro.validation_enabled(True):
             target = Target(pair, *block.args, width=block.width)
-        density = self.proposal.fitted(target, self.num_chains)
-        with pyro.validation_enabled(False):
-            path = Path(target, density, self.num_leapfrog)
-            start_from(root, block.start, 1)
-            return path, path.pilot(self.num_temperatures)
+        path = Path(target, self.proposal.fitted(target, self.num_chains), self.num_leapfrog)
+        start_from(root, block.start, 1)
+        return path, path.pilot(self.num_temperatures)
 
     def columns(self, log_w: Tensor, first: Tensor, block: Block) -> tuple[Tensor, ...]:
         """The columns of an `Evidence`, from the weights of chains and those before their first move."""
