@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         data,
         evidence,
         files,
+        gaps,
         isolation,
         likelihoods,
         linear_gaussian,
@@ -56,12 +57,16 @@ if TYPE_CHECKING:
     from ppl_vae.evidence import (
         Bounds,
         Evidence,
+        Exact,
         annealed_importance_sampling,
         bounds,
+        enumeration,
+        grid_integration,
         importance_sampling,
         mode_check,
         sandwich,
     )
+    from ppl_vae.gaps import Gaps, inference_gaps
     from ppl_vae.likelihoods import bits_per_dim
     from ppl_vae.linear_gaussian import LinearGaussian
     from ppl_vae.scoring import log_weights
@@ -76,6 +81,8 @@ __all__ = [
     "Autoencoder",
     "Bounds",
     "Evidence",
+    "Exact",
+    "Gaps",
     "History",
     "LinearGaussian",
     "annealed_importance_sampling",
@@ -86,10 +93,14 @@ __all__ = [
     "cli",
     "coin",
     "data",
+    "enumeration",
     "evidence",
     "files",
     "fit",
+    "gaps",
+    "grid_integration",
     "importance_sampling",
+    "inference_gaps",
     "isolation",
     "likelihoods",
     "linear_gaussian",
@@ -113,21 +124,26 @@ __all__ = [
 ]
 
 _ROOM_OF = {
-    "Bounds": "evidence",
-    "mode_check": "evidence",
-    "sandwich": "evidence",
-    "bounds": "evidence",
-    "annealed_importance_sampling": "evidence",
-    "VAE": "vae",
     "Autoencoder": "autoencoder",
+    "Bounds": "evidence",
     "Evidence": "evidence",
+    "Exact": "evidence",
+    "Gaps": "gaps",
     "History": "training",
     "LinearGaussian": "linear_gaussian",
+    "VAE": "vae",
+    "annealed_importance_sampling": "evidence",
     "bits_per_dim": "likelihoods",
+    "bounds": "evidence",
+    "enumeration": "evidence",
     "fit": "training",
+    "grid_integration": "evidence",
     "importance_sampling": "evidence",
+    "inference_gaps": "gaps",
     "load": "storage",
     "log_weights": "scoring",
+    "mode_check": "evidence",
+    "sandwich": "evidence",
     "save": "storage",
 }
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,164 @@ def test_a_subset_of_the_data_is_seeded(ppl_vae: Runner, tmp_path: Path) -> None
     assert torch.equal(index[0], index[1])
     assert not torch.equal(index[0], index[2])
     assert "from 1 to 359" in ppl_vae("evaluate", "run", "--num-data", 0).sentence()
+
+
+# Methods, and bounds
+
+FEW = ["--num-samples", 20, "--num-chains", 4, "--num-temperatures", 6]
+
+
+@pytest.fixture
+def plane(ppl_vae: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with a latent plane, and chains from the prior that are short."""
+    assert ppl_vae("train", "digits", *tiny("--out", "run")).code == 0
+    monkeypatch.setattr("ppl_vae.evidence.bounding.mode_check", partial(pv.mode_check, num_temperatures=20))
+    return tmp_path / "run"
+
+
+def evidence_of(run: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    return json.loads((run / "evidence.json").read_text()), files.read_tensors(run / "evidence.safetensors")[0]
+
+
+def pair_and_data(run: Path, index: torch.Tensor) -> tuple[object, object, torch.Tensor]:
+    vae = pv.load(run / "weights.safetensors")
+    return vae.model, vae.guide, pv.data.load("digits").static_binarization().test[index]
+
+
+def test_annealing_is_asked_for_with_its_options(ppl_vae: Runner, plane: Path) -> None:
+    result = ppl_vae("evaluate", "run", "--method", "annealed", "--num-data", 5, *FEW[2:], "--seed", 3)
+    assert result.code == 0, result.err
+    results, per_datum = evidence_of(plane)
+    again = pv.annealed_importance_sampling(
+        *pair_and_data(plane, per_datum["index"]), num_chains=4, num_temperatures=6, seed=3
+    )
+    assert torch.equal(per_datum["log_px"], again.log_px)
+    assert torch.equal(per_datum["acceptance"], again.acceptance)
+    assert (results["num_chains"], results["num_temperatures"], results["num_data"]) == (4, 6, 5)
+    assert results["method"] == again.method == result.out.split(":")[0]
+    assert results["kind"]["log_px"] == "lower bound in expectation and in probability: log mean weight, any data"
+    assert results["bits_per_dim"] == pytest.approx(-results["log_px"] / (64 * np.log(2)))
+    assert "num_samples" not in results
+    assert "figures/pareto_k.png" not in contents(plane), "a few chains have no Pareto k"
+
+
+def test_a_grid_is_exact(ppl_vae: Runner, plane: Path) -> None:
+    result = ppl_vae("evaluate", "run", "--method", "grid", "--num-data", 5)
+    assert result.code == 0, result.err
+    results, per_datum = evidence_of(plane)
+    sampled = pv.importance_sampling(*pair_and_data(plane, per_datum["index"]), num_samples=5000)
+    assert ((per_datum["log_px"] - sampled.log_px).abs() < 5 * sampled.standard_error + 1e-3).all()
+    assert per_datum["accepted"].all()
+    assert torch.allclose(per_datum["kl"], per_datum["log_px"] - per_datum["elbo"])
+    assert results["log_px"] == pytest.approx(per_datum["log_px"].mean().item())
+    assert results["share_accepted"] == 1.0
+    assert results["kind"]["log_px"].startswith("exact up to the error")
+    assert "bits/dim" in result.out
+
+
+@pytest.mark.parametrize("method", ["importance", "annealed", "grid"])
+def test_bounds_are_printed_written_and_drawn(ppl_vae: Runner, plane: Path, method: str) -> None:
+    result = ppl_vae("evaluate", "run", "--method", method, "--bounds", "--num-data", 5, *FEW)
+    assert result.code == 0, result.err
+    results, per_datum = evidence_of(plane)
+    found, simulated, rungs = (results["bounds"][part] for part in ("test_data", "simulated_data", "ladder"))
+    for part, sides in ((found, ("lower", "upper")), (simulated, ("lower", "upper", "reverse"))):
+        assert part["num_data"] == 5
+        for side in sides:
+            said = f"{part[side]['value']:.3f} ± {part[side]['mean_standard_error']:.3f}  {part[side]['kind']}"
+            assert re.search(rf"{side} +{re.escape(said)}", result.out)
+        assert part["method"] in result.out
+    assert found["upper"]["kind"].startswith("upper bound in expectation: tangent")
+    assert simulated["upper"]["kind"].endswith("simulated data")
+    assert (per_datum["lower"] <= per_datum["upper"]).all()
+    assert found["lower"]["value"] == pytest.approx(per_datum["lower"].mean().item())
+    assert "figures/ladder.png" in contents(plane)
+
+    sampler = [] if method == "importance" else ["annealed"]
+    assert [rung["name"] for rung in rungs] == ["ELBO", "IWAE 10", "IWAE 20", *sampler, "upper bound"]
+    by_name = {rung["name"]: rung["value"] for rung in rungs}
+    data = pair_and_data(plane, per_datum["index"])
+    assert by_name["IWAE 10"] == pytest.approx(pv.importance_sampling(*data, num_samples=10).mean, abs=1e-4)
+    assert by_name["IWAE 20"] == pytest.approx(pv.importance_sampling(*data, num_samples=20).mean, abs=1e-4)
+    assert by_name["upper bound"] == found["upper"]["value"]
+    assert by_name.get("annealed", found["lower"]["value"]) == found["lower"]["value"]
+    assert all(rung["kind"].startswith(("lower bound in", "upper bound in")) for rung in rungs)
+
+
+def test_what_is_evaluated_anew_leaves_nothing_of_before(ppl_vae: Runner, plane: Path) -> None:
+    options = ["--num-data", 2]
+    assert ppl_vae("evaluate", "run", "--bounds", *options, *FEW).code == 0
+    assert {"figures/pareto_k.png", "figures/ladder.png"} <= contents(plane)
+    assert ppl_vae("evaluate", "run", "--method", "annealed", *options, *FEW[2:]).code == 0
+    assert not {"figures/pareto_k.png", "figures/ladder.png"} & contents(plane)
+    results, per_datum = evidence_of(plane)
+    assert "bounds" not in results
+    assert "lower" not in per_datum
+
+
+def test_the_evidence_is_kept_when_its_bounds_fail(
+    ppl_vae: Runner, plane: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: object, **options: object) -> None:
+        raise ValueError("There are no bounds today.")
+
+    monkeypatch.setattr("ppl_vae.evidence.bounds", failing)
+    assert "no bounds today" in ppl_vae("evaluate", "run", "--bounds", "--num-data", 3, *FEW).sentence()
+    assert len(evidence_of(plane)[1]["log_px"]) == 3
+
+
+def test_the_evidence_serves_as_the_first_of_the_runs_that_bounds_need(
+    ppl_vae: Runner, plane: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def counted(*args: Any, **options: Any) -> pv.Evidence:
+        asked.append(options["num_samples"])
+        return sampled(*args, **options)
+
+    sampled = pv.importance_sampling
+    monkeypatch.setattr("ppl_vae.evidence.importance_sampling", counted)
+    assert ppl_vae("evaluate", "run", "--bounds", "--num-data", 3, *FEW).code == 0
+    assert sorted(asked) == [10, 20, 20]
+
+
+def test_means_of_minus_infinity_have_no_place_on_the_ladder() -> None:
+    from ppl_vae.cli import evaluation
+
+    lg = pv.LinearGaussian(torch.tensor([[1.0], [2.0]]), mean=0.0, noise=0.7)
+    evidence = pv.importance_sampling(lg.model, lg.guide, lg.model(num_data=2), num_samples=3)
+    kind = evaluation.MEAN_LOG_WEIGHT
+    impossible, possible = (evaluation.Rung(str(v), v, 0.1, kind) for v in (-np.inf, -1.0))
+    assert evaluation.ladder([impossible], evidence) == {}
+    ax, _ = evaluation.ladder([impossible, possible], evidence)["ladder"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["-1.0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--num-chains", 4], "--num-chains changes nothing with --method importance alone"),
+        (["--num-temperatures", 4], "ask for --method annealed or for --bounds"),
+        (["--method", "annealed", "--num-samples", 9], "--num-samples changes nothing with --method annealed alone"),
+        (["--method", "grid", "--num-samples", 9], "ask for --method importance or for --bounds"),
+        (["--method", "grid", "--num-chains", 9], "--num-chains changes nothing with --method grid alone"),
+        (["--num-samples", 0], "num_samples must be an integer of at least 1; got 0"),
+        (["--bounds", "--num-chains", 0], "num_chains must be an integer of at least 1; got 0"),
+        (["--bounds", "--num-temperatures", -1], "num_temperatures must be an integer of at least 1; got -1"),
+        (["--bounds", "--num-data", 400], "from 1 to 359"),
+        (["--method", "grid"], "A grid over z goes up to 2 dimensions, and this run has a latent_dim of 3"),
+        (["--method", "grid", "--bounds"], "Use --method annealed"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_evaluate_refuses_before_any_work(ppl_vae: Runner, tmp_path: Path, options: list[object], said: str) -> None:
+    assert ppl_vae("train", "digits", *tiny("--latent-dim", 3, "--epochs", 1, "--out", "run")).code == 0
+    assert said in ppl_vae("evaluate", "run", *options).sentence()
+    assert not [name for name in contents(tmp_path / "run") if "evidence" in name]
+
+
+def test_evaluate_refuses_unknown_methods(ppl_vae: Runner) -> None:
+    assert ppl_vae("evaluate", "run", "--method", "magic").code == 2
 
 
 @pytest.mark.parametrize(

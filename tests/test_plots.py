@@ -49,8 +49,9 @@ def test_every_picture_is_drawn_on_the_axes_it_is_given() -> None:
         lambda ax: plots.manifold(lambda z: torch.zeros(len(z), 5, 5), size=2, ax=ax),
         lambda ax: plots.estimate_against_samples([1, 2], [-2.0, -1.0], ax=ax),
         lambda ax: plots.pareto_k(torch.rand(5), ax=ax),
+        lambda ax: plots.ladder(["ELBO", "IWAE 10"], [-2.0, -1.0], ax=ax),
     ]
-    for function, ax in zip(draw, axes, strict=False):
+    for function, ax in zip(draw, axes, strict=True):
         assert function(ax) is ax
         assert ax.has_data()
     assert len(plt.get_fignums()) == 1
@@ -287,6 +288,97 @@ def test_estimate_against_samples_refuses(
 ) -> None:
     with pytest.raises(ValueError, match="Expected one number of samples"):
         plots.estimate_against_samples(num_samples, log_px, error)
+
+
+LADDER = ["ELBO", "IWAE 10", "IWAE 100", "annealed", "upper bound"]
+SIDES = ["lower", "lower", "lower", "lower", "upper"]
+
+
+def test_ladder_puts_each_rung_in_its_row_with_its_value_and_what_it_adds() -> None:
+    values = torch.tensor([-97.7, -95.1, -94.0, -92.2, -92.1], requires_grad=True)
+    ax = plots.ladder(LADDER, values, [np.nan, 0.2, 0.1, 0.05, 0.02], sides=SIDES, exact=-92.15)
+    lower, upper = ax.containers
+    np.testing.assert_allclose(lower[0].get_xydata(), [[-97.7, 0], [-95.1, 1], [-94.0, 2], [-92.2, 3]], rtol=1e-6)
+    np.testing.assert_allclose(upper[0].get_xydata(), [[-92.1, 4]], rtol=1e-6)
+    bars = [segment[:, 0] for segment in lower[2][0].get_segments() if len(segment)]  # of an unknown error is none
+    np.testing.assert_allclose(bars, [[-95.5, -94.7], [-94.2, -93.8], [-92.3, -92.1]], rtol=1e-6)
+    assert lower[0].get_color() != upper[0].get_color()
+    assert (lower[0].get_marker(), upper[0].get_marker()) == (">", "<"), "markers point to where the truth is"
+    assert [label.get_text() for label in ax.get_yticklabels()] == LADDER
+    assert ax.get_ylim() == (4.5, -0.5), "from top to bottom, as given"
+    texts = {text.get_text(): text.xy[1] for text in ax.texts}
+    assert texts == {
+        **{"−97.70": 0, "−95.10": 1, "−94.00": 2, "−92.20": 3, "−92.10": 4},
+        **{"+2.60": 0.5, "+1.10": 1.5, "+1.80": 2.5, "+0.10": 3.5},
+    }
+    assert ax.get_xlabel() == "log p(x) (nats per datum)"
+    assert set(legend(ax)) == {
+        "exact: −92.15",
+        "lower bound ± 2 standard errors",
+        "upper bound ± 2 standard errors",
+    }
+    assert set(ax.lines[-1].get_xdata()) == {-92.15}
+
+
+@pytest.mark.parametrize(
+    ("values", "outside", "texts"),
+    [
+        ([-122.3, -92.6, -92.4, -92.2, -92.1], {0}, {"−122.30", "+29.70"}),
+        ([-130.0, -98.2, -92.4, -92.2, -92.1], {0, 1}, {"−98.20", "+31.80"}),
+        ([-92.6, -92.5, -92.4, -92.2, 400.0], {4}, {"400.00", "+492.20"}),
+        ([-9.80, -9.62, -9.60, -9.60, -9.594], {0}, {"−9.800", "+0.180", "+0.000", "+0.006"}),
+        ([445.0, 454.0, 470.0, 492.0, 494.0], set(), {"445.00", "+22.00"}),
+        ([-1.0, -1.0, -1.0, -1.0, -1.0], set(), {"−1.00", "+0.00"}),
+        ([-5.0, -1.0, -1.0, -1.0, -1.0], {0}, {"−5.00", "+4.00"}),
+    ],
+)
+def test_ladder_leaves_off_the_scale_what_would_hide_the_rest(
+    values: list[float], outside: set[int], texts: set[str]
+) -> None:
+    ax = plots.ladder(LADDER, values, sides=SIDES)
+    low, high = ax.get_xlim()
+    assert {row for row, value in enumerate(values) if not low < value < high} == outside
+    arrows = [text for text in ax.texts if text.get_text() == "off the scale"]
+    assert {text.xy for text in arrows} == {(0.0 if values[row] < low else 1.0, row) for row in outside}
+    assert texts <= {text.get_text() for text in ax.texts}
+
+
+def test_ladder_has_its_scale_from_wide_bars_too() -> None:
+    ax = plots.ladder(LADDER, [-27.67, -27.56, -27.56, -27.56, -27.55], [np.nan, 0.25, np.nan, 0.1, 0.1], sides=SIDES)
+    assert ax.get_xlim()[0] < -28.06
+    assert "off the scale" not in {text.get_text() for text in ax.texts}
+
+
+def test_ladder_of_two_and_three_rungs_shows_all() -> None:
+    for values in ([3.0], [-100.0, 0.0], [-100.0, -0.1, 0.0]):
+        low, high = plots.ladder(LADDER[: len(values)], values).get_xlim()
+        assert low < min(values) <= max(values) < high
+
+
+def test_ladder_without_sides_or_errors_claims_no_bounds() -> None:
+    for errors in (None, [np.nan, np.inf]):
+        ax = plots.ladder(["a", "b"], [-2.0, -1.0], errors)
+        assert legend(ax) == ["estimate"]
+        assert ax.get_xlim() == pytest.approx((-2.06, -0.94))
+    assert plots.ladder(["a"], [-2.0], [0.1], sides=["exact"]).containers[0][0].get_color() == "black"
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "errors", "sides", "message"),
+    [
+        ([], [], None, None, "at least one rung; got 0 names"),
+        (["a"], [1.0, 2.0], None, None, r"1 names, values of shape \(2,\)"),
+        (["a"], [1.0], [0.1, 0.1], None, r"standard errors of shape \(2,\)"),
+        (["a"], [1.0], None, ["lower", "upper"], "2 sides"),
+        (["a"], [-np.inf], None, None, r"finite values of log p\(x\), got \[-inf\]"),
+        (["a", "b"], [1.0, 2.0], None, ["lower", "above"], "\"exact\", got 'above'"),
+    ],
+)
+def test_ladder_refuses(
+    names: list[str], values: list[float], errors: list[float] | None, sides: list[str] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.ladder(names, values, errors, sides=sides)
 
 
 def test_pareto_k_sorts_and_counts_every_kind() -> None:

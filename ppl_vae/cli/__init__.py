@@ -130,23 +130,48 @@ def train(
 @app.command()
 def evaluate(
     run: RunFolder,
-    num_samples: Annotated[int, typer.Option(help="Importance samples for each datum.")] = 1000,
+    method: Annotated[
+        Literal["importance", "annealed", "grid"],
+        typer.Option(
+            help="Importance sampling from q; annealing from q to the posterior, which costs tens of times as much and "
+            "comes closer; or an exact sum over a grid of z, for a latent_dim of 1 or 2."
+        ),
+    ] = "importance",
+    bounds: Annotated[
+        bool,
+        typer.Option(
+            "--bounds",
+            help="Also bound log p(x) from above: of the test data in expectation, and of simulated data in "
+            "probability. Draws the ladder from the ELBO to the upper bound.",
+        ),
+    ] = False,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Importance samples for each datum. Default: 1000.", show_default=False)
+    ] = None,
+    num_chains: Annotated[
+        int | None, typer.Option(help="Annealed chains for each datum. Default: 16.", show_default=False)
+    ] = None,
+    num_temperatures: Annotated[
+        int | None, typer.Option(help="Steps of a chain from q to the posterior. Default: 100.", show_default=False)
+    ] = None,
     num_data: Annotated[
         int | None, typer.Option(help="Score only so many test data, chosen by the seed. Default: all.")
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Estimate log p(x) of the test data, per datum and with its error, by importance sampling."""
-    from ppl_vae.cli import runs
+    """Estimate log p(x) of the test data, per datum and with its error, and bound it from both sides."""
+    from ppl_vae.cli import evaluation
 
-    trained = runs.read(run)
-    evidence, index = runs.evaluate(trained, num_samples=num_samples, num_data=num_data, seed=seed)
-    results = runs.numbers(evidence, trained)
-    evidence.summary()
-    if results["bits_per_dim"] is not None:
-        typer.echo(f"{'bits/dim':<18}{results['bits_per_dim']:>12.4f}  {trained.vae.likelihood.measure.name}")
-    runs.write_evidence(evidence, index, {**results, "seed": seed, "data": str(trained.data)}, run)
-    typer.echo(f"Written: {run / 'evidence.json'}, and per datum {run / 'evidence.safetensors'}")
+    plan = evaluation.planned(
+        method,
+        bounds=bounds,
+        num_data=num_data,
+        seed=seed,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        num_temperatures=num_temperatures,
+    )
+    evaluation.evaluate(run, plan)
 
 
 @app.command()

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import typer
 
+import ppl_vae as pv
 from ppl_vae import plots
-from ppl_vae.cli import pictures, runs
+from ppl_vae.cli import evaluation, pictures, runs
 from ppl_vae.reporting import Page
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def _part(title: str, configuration: runs.Configuration, num_samples: int, folde
     run = runs.train(configuration)
     if run.history.stopped == "interrupted":
         raise KeyboardInterrupt
-    evidence, _ = runs.evaluate(run, num_samples=num_samples, seed=configuration.seed)
-    results = {**runs.numbers(evidence, run), "seconds": time.perf_counter() - began}
+    evidence = _sampled(run, num_samples)
+    results = {**evaluation.numbers(evidence, run), "seconds": time.perf_counter() - began}
     runs.write(run, folder, results=results)
     drawn = {
         **pictures.of_model(run),
@@ -86,6 +87,12 @@ def _part(title: str, configuration: runs.Configuration, num_samples: int, folde
         "pareto_k": pictures.pareto_k(evidence),
     }
     return Part(title, _row(title, results), evidence.warnings(), drawn)
+
+
+def _sampled(run: Run, num_samples: int) -> Evidence:
+    """The evidence of all test data."""
+    seed = run.configuration.seed
+    return pv.importance_sampling(run.vae.model, run.vae.guide, run.data.test, num_samples=num_samples, seed=seed)
 
 
 def _row(title: str, results: dict[str, Any]) -> dict[str, str]:
@@ -102,8 +109,7 @@ def _row(title: str, results: dict[str, Any]) -> dict[str, str]:
 
 def _settling(run: Run, evidence: Evidence) -> Picture:
     fewer = [k for k in (1, 3, 10, 30, 100, 300, 1000, 3000) if k < evidence.num_samples]
-    estimates = [runs.evaluate(run, num_samples=k, seed=run.configuration.seed)[0] for k in fewer]
-    estimates.append(evidence)
+    estimates = [*(_sampled(run, k) for k in fewer), evidence]
     ax = plots.estimate_against_samples(
         [e.num_samples for e in estimates], [e.mean for e in estimates], [e.mc_standard_error for e in estimates]
     )

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import ppl_vae as pv
 from ppl_vae import files, plots
 from ppl_vae.cli import pictures
 from ppl_vae.data import Data
 from ppl_vae.data.named import IDX_SETS
-from ppl_vae.evidence import Evidence
 from ppl_vae.likelihoods import Likelihood
 from ppl_vae.training import History
 
@@ -162,38 +160,6 @@ def _learning_rate(first: float, last: float | None) -> float | Callable[[float]
     return lambda t: first * (last / first) ** t
 
 
-def evaluate(run: Run, *, num_samples: int, seed: int, num_data: int | None = None) -> tuple[Evidence, Tensor]:
-    """The evidence of the test data, and the indices of those that were scored."""
-    index = torch.arange(len(run.data.test))
-    if num_data is not None:
-        if not 1 <= num_data <= len(index):
-            raise ValueError(f"Expected to score from 1 to {len(index)} test data; got {num_data}.")
-        index = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:num_data].sort().values
-    x = run.data.test[index]
-    return pv.importance_sampling(run.vae.model, run.vae.guide, x, num_samples=num_samples, seed=seed), index
-
-
-def numbers(evidence: Evidence, run: Run) -> dict[str, Any]:
-    """What is to be said of log p(x), in nats per datum unless the name says otherwise."""
-    likelihood = run.vae.likelihood
-    bits = None
-    if likelihood.measure.levels is not None:
-        bits = pv.bits_per_dim(evidence.log_px, likelihood, run.data.test[0].numel()).mean().item()
-    return {
-        "log_px": evidence.mean,
-        "mean_standard_error": evidence.mean_standard_error,
-        "mc_standard_error": evidence.mc_standard_error,
-        "mc_bias": evidence.mc_bias,
-        "elbo": evidence.elbo.mean().item(),
-        "bits_per_dim": bits,
-        "share_pareto_k_below_0.7": (evidence.pareto_k < 0.7).double().mean().item(),
-        "num_data": len(evidence.log_px),
-        "num_samples": evidence.num_samples,
-        "measure": likelihood.measure.name,
-        "warnings": evidence.warnings(),
-    }
-
-
 @contextmanager
 def new_folder(path: Path, *, overwrite: bool, mark: str = "run.json") -> Iterator[Path]:
     """A folder to fill, which appears under its name only when it is complete; a failure leaves nothing behind.
@@ -264,14 +230,6 @@ def _read_vae(folder: Path) -> pv.VAE:
     if runs and not (folder / "run.json").exists():
         raise ValueError(f"{folder} holds the runs {' and '.join(runs)}. Name one of them, such as {folder / runs[0]}.")
     return pv.load(folder / "weights.safetensors")
-
-
-def write_evidence(evidence: Evidence, index: Tensor, results: dict[str, Any], folder: Path) -> None:
-    """Writes the means as `evidence.json`, what is known per datum as `evidence.safetensors`, and the pictures."""
-    per_datum = {name: getattr(evidence, name) for name in ("log_px", "standard_error", "ess", "pareto_k", "elbo")}
-    files.write_tensors(folder / "evidence.safetensors", {"index": index, **per_datum})
-    files.write_json(folder / "evidence.json", results)
-    pictures.draw({"pareto_k": pictures.pareto_k(evidence)}, folder)
 
 
 def write_samples(folder: Path, out: Path, *, num_samples: int, seed: int) -> None:

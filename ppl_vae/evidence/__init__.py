@@ -2,6 +2,9 @@
 
 from ppl_vae.evidence.annealing import AnnealedEvidence, annealed_importance_sampling
 from ppl_vae.evidence.bounding import Bounds, Kind, ModeCheck, bounds, mode_check, sandwich
+from ppl_vae.evidence.discrete import enumeration
+from ppl_vae.evidence.exact import Exact
+from ppl_vae.evidence.grid import grid_integration
 from ppl_vae.evidence.importance import importance_sampling
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import WeightStream
@@ -10,11 +13,14 @@ __all__ = [
     "AnnealedEvidence",
     "Bounds",
     "Evidence",
+    "Exact",
     "Kind",
     "ModeCheck",
     "WeightStream",
     "annealed_importance_sampling",
     "bounds",
+    "enumeration",
+    "grid_integration",
     "importance_sampling",
     "mode_check",
     "sandwich",

@@ -44,7 +44,7 @@ class Schedule(NamedTuple):
 
     temperatures: Tensor  # (steps + 1, batch), from 0 to 1
     step_sizes: Tensor  # (steps + 1, batch), of the moves at each temperature
-    resolved: Tensor  # (batch,), whether the pilot needed no more steps than it was given
+    resolved: Tensor  # (batch,), whether the pilot needed no more steps
 
 
 class Path:
@@ -72,20 +72,12 @@ class Path:
         with pyro.validation_enabled(True):
             return self.at(self.start.draw(0, num_chains))
 
-    def move(self, state: State, temperature: Tensor, step_size: Tensor) -> tuple[State, Tensor]:
-        """One move of every chain at a temperature `(batch,)`, and the share of chains that is accepted `(batch,)`."""
-        chains = len(state.u)
-        beta = temperature.to(self.scale).unsqueeze(-1)
-        # Trajectories of one length would close up on themselves in a normal posterior.
-        step = (step_size.to(self.scale) * (0.5 + self.target.uniform(chains))).unsqueeze(-1)
+    def leapfrog(self, state: State, momentum: Tensor, beta: Tensor, step: Tensor) -> tuple[State, Tensor]:
+        """The Hamiltonian flow of f_β in `num_leapfrog` steps: reversible, and it keeps volume."""
 
         def force(s: State) -> Tensor:
             return self.scale * ((1 - beta) * s.slope_start + beta * s.slope_end)
 
-        def log_density(s: State) -> Tensor:
-            return (1 - temperature) * s.log_start + temperature * s.log_end
-
-        momentum = first = self.target.normal(chains)
         new = state
         for _ in range(self.num_leapfrog):
             momentum = momentum + 0.5 * step * force(new)
@@ -93,13 +85,25 @@ class Path:
             # The model need not see where a chain goes that has run away; its momentum has it rejected.
             new = self.at(torch.where(u.isfinite().all(-1, keepdim=True), u, state.u))
             momentum = momentum + 0.5 * step * force(new)
-        kinetic = 0.5 * (momentum.double().square() - first.double().square()).sum(-1)
-        log_accept = log_density(new) - log_density(state) - kinetic
+        return new, momentum
+
+    def move(self, state: State, temperature: Tensor, step_size: Tensor) -> tuple[State, Tensor]:
+        """One move of every chain at a temperature `(batch,)`, and the share of chains that is accepted `(batch,)`."""
+        chains = len(state.u)
+        # Trajectories of one length would close up on themselves in a normal posterior.
+        step = (step_size.to(self.scale) * (0.5 + self.target.uniform(chains))).unsqueeze(-1)
+        before = self.target.normal(chains)
+        new, after = self.leapfrog(state, before, temperature.to(self.scale).unsqueeze(-1), step)
+
+        def energy(s: State, momentum: Tensor) -> Tensor:
+            log_density = (1 - temperature) * s.log_start + temperature * s.log_end
+            return 0.5 * momentum.double().square().sum(-1) - log_density
+
+        log_accept = energy(state, before) - energy(new, after)
         accepted = self.target.uniform(chains).log() < log_accept  # not where it is NaN
-        one_per_chain, one_per_dim = accepted, accepted.unsqueeze(-1)
         state = State(
             *(
-                torch.where(one_per_dim if old.dim() > 2 else one_per_chain, moved, old)
+                torch.where(accepted if old.dim() == 2 else accepted.unsqueeze(-1), moved, old)
                 for moved, old in zip(new, state, strict=True)
             )
         )
@@ -140,8 +144,7 @@ class Path:
             low, high = values.gather(0, below), values.gather(0, below + 1)
             return low + (where - below) * (high - low)
 
-        resolved = length < most
-        return Schedule(between(reached), between(torch.stack(log_steps)).exp(), resolved)
+        return Schedule(between(reached), between(torch.stack(log_steps)).exp(), length <= num_steps)
 
     @pyro.validation_enabled(False)
     def forward(self, schedule: Schedule, num_chains: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,9 +329,9 @@ class Work:
 
     def prepared(self, pair: Pair, block: Block, root: int) -> tuple[Path, Schedule]:
         """The path of a block and its frozen schedule."""
-        start_from(root, block.start, 0)
         with pyro.validation_enabled(True):
             target = Target(pair, *block.args, width=block.width)
+        start_from(root, block.start, 0)
         path = Path(target, self.proposal.fitted(target, self.num_chains), self.num_leapfrog)
         start_from(root, block.start, 1)
         return path, path.pilot(self.num_temperatures)

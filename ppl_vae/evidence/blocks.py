@@ -57,7 +57,7 @@ def blocks(pair: Pair, args: tuple[Any, ...], size: int) -> Iterator[Block]:
         yield Block(0, args, num_data)
         return
     for start in range(0, num_data, size):
-        yield Block(start, scoring.rows(args, slice(start, start + size)), size)
+        yield Block(start, scoring.rows(args, slice(start, start + size)), int(min(size, pair.layout.most_rows)))
 
 
 def root_seed(seed: int | None) -> int:

@@ -73,6 +73,7 @@ class Bounds:
         upper_error: of upper; NaN for `sandwich`, where there is one reverse chain for each datum.
         reverse: on simulated data, the upper bound of the reverse chain alone, `kind["reverse"]`; None on others.
         modes: on real data, whether chains from the prior find more than those from the guide; None where not asked.
+        args: the data that were scored, simulated or real, and what else both programs took.
         method: how they were made, in words.
     """
 
@@ -83,6 +84,7 @@ class Bounds:
     upper_error: Tensor
     reverse: Tensor | None
     modes: ModeCheck | None
+    args: tuple[Any, ...]
     method: str
 
     @property
@@ -205,6 +207,7 @@ def sandwich(
         torch.full_like(upper, nan),
         reverse,
         None,
+        args,
         f"Annealing from {proposal} and back, {work.num_temperatures} temperatures, simulated data",
     )
 
@@ -276,6 +279,7 @@ def bounds(
         ratio * found.standard_error,
         None,
         modes,
+        args,
         f"{found.method}, twice",
     )
 

@@ -85,15 +85,21 @@ def importance_sampling(
     """
     num_samples = at_least_one("num_samples", num_samples)
     pace = _Pace(max_rows)
-    scoring.check_data(*args)
+    num_data = scoring.check_data(*args)
     root = root_seed(seed)
+    # Made beforehand: small results kept between large temporaries would hold on to the memory of those.
+    columns = torch.empty(len(COLUMNS), num_data, dtype=torch.float64, device=args[0].device)
     with looked_at(model, guide, *args) as pair:
-        size = max(16, min(MOST_DATA, BLOCK_ROWS // num_samples))
-        parts = [_block(pair, proposal, block, num_samples, root, pace) for block in blocks(pair, args, size)]
+        for block in blocks(pair, args, max(16, min(MOST_DATA, BLOCK_ROWS // num_samples))):
+            found = _block(pair, proposal, block, num_samples, root, pace)
+            columns[:, block.start : block.start + len(block.args[0])] = torch.stack(found)
         strategy = pair.strategy.__name__
-    columns = dict(zip(COLUMNS, map(torch.cat, zip(*parts, strict=True)), strict=True))
-    method = f"Importance sampling from {proposal}"
-    return Evidence(**columns, num_samples=num_samples, method=method, strategy=strategy)
+    return Evidence(
+        **dict(zip(COLUMNS, columns, strict=True)),
+        num_samples=num_samples,
+        method=f"Importance sampling from {proposal}",
+        strategy=strategy,
+    )
 
 
 def _block(
@@ -101,9 +107,10 @@ def _block(
 ) -> tuple[Tensor, ...]:
     """The evidence of one block of data."""
     batch = len(block.args[0])
-    start_from(root, block.start, 0)
     with pyro.validation_enabled(True):
-        source = _Guided(pair, block) if isinstance(proposal, Guide) else _Proposed(pair, proposal, block, num_samples)
+        source = (
+            _Guided(pair, block) if isinstance(proposal, Guide) else _Proposed(pair, proposal, block, num_samples, root)
+        )
     weights = WeightStream(num_samples, batch, device=block.args[0].device)
     at_once = max(1, BLOCK_ROWS // block.width)
     for first in range(0, num_samples, at_once):
@@ -149,8 +156,9 @@ class _Guided:
 class _Proposed:
     """Draws of the continuous latents from a proposal, in unconstrained coordinates; discrete ones are summed out."""
 
-    def __init__(self, pair: Pair, proposal: Proposal, block: Block, num_samples: int) -> None:
+    def __init__(self, pair: Pair, proposal: Proposal, block: Block, num_samples: int, root: int) -> None:
         self.target = Target(pair, *block.args, width=block.width)
+        start_from(root, block.start, 0)
         self.density = proposal.fitted(self.target, num_samples)
 
     def draw(self, start: int, stop: int) -> None:

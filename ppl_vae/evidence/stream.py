@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ppl_vae import pareto
 
+# The jackknife needs the largest weights one by one; of few all, for then each is large.
+KEPT = 128
+
 COLUMNS = ("log_px", "standard_error", "ess", "pareto_k", "elbo", "jackknife", "pareto_smoothed")
 
 
@@ -31,7 +34,7 @@ class WeightStream:
 
     def __init__(self, num_samples: int, batch: int, *, device: torch.device | None = None) -> None:
         self.count = 0
-        self.tail = min(pareto.tail_length(num_samples) + 1, num_samples)
+        self.kept = min(max(pareto.tail_length(num_samples) + 1, KEPT), num_samples)
         self.total = torch.zeros(batch, dtype=torch.float64, device=device)
         self.largest = torch.empty(batch, 0, dtype=torch.float64, device=device)
         # log of the sums of w, w² and w³ over the weights that are no longer kept; added, never subtracted, so that
@@ -48,9 +51,9 @@ class WeightStream:
         self.count += relative.shape[1]
         self.total = self.total + relative.sum(1)
         seen = torch.cat([self.largest, relative], dim=1)
-        self.largest, kept = seen.topk(min(self.tail, seen.shape[1]), dim=1)
-        if seen.shape[1] > self.tail:
-            rest = seen.scatter(1, kept, -inf)
+        self.largest, places = seen.topk(min(self.kept, seen.shape[1]), dim=1)
+        if seen.shape[1] > self.kept:
+            rest = seen.scatter(1, places, -inf)
             self.body = [torch.logaddexp(b, (power * rest).logsumexp(1)) for power, b in enumerate(self.body, start=1)]
 
     def evidence(self) -> tuple[Tensor, ...]:
@@ -64,7 +67,9 @@ class WeightStream:
         )
         ess = (2 * log_sum - log_squares).exp().nan_to_num(0.0).clamp(max=n)
         standard_error = ((n / ess - 1) / (n - 1)).sqrt() if n > 1 else torch.full_like(ess, nan)
-        pareto_k, smoothed_tail = pareto.smoothed(self.largest, n)
+        tail = min(pareto.tail_length(n) + 1, n)
+        pareto_k, smoothed_tail = pareto.smoothed(self.largest[:, :tail], n)
+        smoothed_tail = torch.cat([smoothed_tail, self.largest[:, tail:]], 1)
         equal = ess > n * (1 - 1e-6)
         pareto_k = torch.where(equal, -inf, pareto_k)
         log_px = self.shift + log_sum - log(n)

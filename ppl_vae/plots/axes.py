@@ -1,4 +1,4 @@
-"""What every picture needs: axes to draw on, labels, arrays."""
+"""What every picture needs: axes to draw on, labels, colours, arrays."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+# Petroff's ten colours, told apart by colour-blind readers too (arXiv:2107.02270).
+# fmt: off
+COLOURS = (
+    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
+    "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
+)
+# fmt: on
 
 
 def axes_or_new(ax: Axes | None, figsize: tuple[float, float]) -> Axes:

@@ -9,20 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from torch import Tensor
 
-from ppl_vae.plots.axes import as_array, axes_or_new, label_axes
+from ppl_vae.plots.axes import COLOURS, as_array, axes_or_new, label_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Petroff's ten colours, told apart by colour-blind readers too (arXiv:2107.02270).
-# fmt: off
-_COLOURS = (
-    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
-    "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
-)
-# fmt: on
 _MARKERS = ("o", "^")
-_MOST_CLASSES = len(_COLOURS) * len(_MARKERS)
+_MOST_CLASSES = len(COLOURS) * len(_MARKERS)
 
 
 class _History(Protocol):
@@ -51,8 +44,8 @@ def loss_curve(history: _History, *, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax, (6.0, 3.8))
     marker = "." if len(history.loss) <= 40 else ""
     for name, losses, colour, line in (
-        ("training", history.loss, _COLOURS[0], "-"),
-        ("validation", history.validation, _COLOURS[6], "--"),
+        ("training", history.loss, COLOURS[0], "-"),
+        ("validation", history.validation, COLOURS[6], "--"),
     ):
         if losses:
             ax.plot(range(1, len(losses) + 1), losses, line, color=colour, marker=marker, label=name)
@@ -102,7 +95,7 @@ def latent_scatter(
     size = 3.5 if len(points) <= 2000 else 2.0
     for i, name in enumerate(names):
         x, y = points[classes == name].T
-        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i // len(_COLOURS)]
+        colour, marker = COLOURS[i % len(COLOURS)], _MARKERS[i // len(COLOURS)]
         # Points are pixels in a PDF too, which would take megabytes otherwise.
         (dots,) = ax.plot(x, y, marker, color=colour, markersize=size, label=str(name), rasterized=True)
         dots.set(markeredgewidth=0, alpha=0.7)
@@ -157,7 +150,7 @@ def estimate_against_samples(
     ax = axes_or_new(ax, (6.0, 3.8))
     if errors is not None:
         label = f"{label} ± 2 standard errors"
-    (line,) = ax.plot(samples, values, marker="o", markersize=4, color=_COLOURS[len(ax.lines) % 10], label=label)
+    (line,) = ax.plot(samples, values, marker="o", markersize=4, color=COLOURS[len(ax.lines) % 10], label=label)
     if errors is not None:
         band = 2.0 * errors[order]
         ax.fill_between(samples, values - band, values + band, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -192,9 +185,9 @@ def pareto_k(k: Tensor | np.ndarray, *, ax: Axes | None = None) -> Axes:
     rank[np.argsort(values)] = np.arange(1, len(values) + 1)
     good, fair = values <= 0.5, (values > 0.5) & (values <= 0.7)
     for chosen, meaning, colour, marker in (
-        (good, "k ≤ 0.5, reliable", _COLOURS[0], "o"),
-        (fair, "0.5 < k ≤ 0.7, of use", _COLOURS[1], "s"),
-        (~(good | fair), "k > 0.7, not to be trusted", _COLOURS[2], "^"),
+        (good, "k ≤ 0.5, reliable", COLOURS[0], "o"),
+        (fair, "0.5 < k ≤ 0.7, of use", COLOURS[1], "s"),
+        (~(good | fair), "k > 0.7, not to be trusted", COLOURS[2], "^"),
     ):
         drawn = chosen & np.isfinite(values)
         label = f"{meaning}: {chosen.sum()} of {len(values)}"

@@ -6,5 +6,19 @@ whatever it is.
 """
 
 from ppl_vae.proposals.densities import Defensive, Density, Guide, Prior, Proposal, StudentT, Widened
+from ppl_vae.proposals.families import CouplingFlow, DiagonalNormal, FullCovarianceNormal
+from ppl_vae.proposals.local import Local
 
-__all__ = ["Defensive", "Density", "Guide", "Prior", "Proposal", "StudentT", "Widened"]
+__all__ = [
+    "CouplingFlow",
+    "Defensive",
+    "Density",
+    "DiagonalNormal",
+    "FullCovarianceNormal",
+    "Guide",
+    "Local",
+    "Prior",
+    "Proposal",
+    "StudentT",
+    "Widened",
+]

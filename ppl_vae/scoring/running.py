@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints
 
 from ppl_vae.scoring.data import is_per_datum
 from ppl_vae.scoring.layout import Layout
@@ -113,15 +114,28 @@ def values_of(trace: poutine.Trace) -> Values:
 
 
 def log_probs(trace: poutine.Trace, given: Values) -> Iterable[Tensor]:
-    """Each site's log-probability, masked but *not* scaled: a scale inside the logarithm of a mean is no bound.
-
-    Latents that are given may lie outside the support of the model's: their weight is 0, which is no mistake.
-    """
+    """Each site's log-probability, masked but *not* scaled: a scale inside the logarithm of a mean is no bound."""
     for name, site in scored_sites(trace).items():
         if name in given:
-            without_validation(site["fn"])
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            log_prob = log_prob_anywhere(site["fn"], site["value"])
+        else:
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         yield scale_and_mask(log_prob, mask=site["mask"])
+
+
+def log_prob_anywhere(fn: Any, value: Tensor) -> Tensor:
+    """The log-probability of any value: −∞ outside the support, where torch may give a number that means nothing.
+
+    Latents that are given may lie there: their weight is 0, which is no mistake.
+    """
+    without_validation(fn)
+    log_prob = fn.log_prob(value)
+    support = inner = fn.support
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    if inner is constraints.real or constraints.is_dependent(inner):
+        return log_prob
+    return torch.where(support.check(value), log_prob, -torch.inf)
 
 
 def without_validation(fn: Any) -> None:
