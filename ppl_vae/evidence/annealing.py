@@ -309,7 +309,7 @@ def annealed_importance_sampling(
     return AnnealedEvidence(
         **dict(zip(COLUMNS, columns, strict=True)),
         num_samples=work.num_chains,
-        method=f"Annealed importance sampling from {proposal}, {work.num_temperatures} temperatures",
+        method=f"Annealed importance sampling from {proposal}, {work.temperatures}",
         strategy=strategy,
         acceptance=acceptance,
         resolved=resolved,
@@ -326,6 +326,7 @@ class Work:
         self.num_leapfrog = at_least_one("num_leapfrog", num_leapfrog)
         self.proposal = proposal
         self.block_size = max(1, BLOCK_ROWS // self.num_chains)
+        self.temperatures = f"{num_temperatures} temperature{'s' if num_temperatures > 1 else ''}"
 
     def prepared(self, pair: Pair, block: Block, root: int) -> tuple[Path, Schedule]:
         """The path of a block and its frozen schedule."""

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae import scoring
-from ppl_vae.evidence.annealing import AnnealedEvidence, Work, annealed_importance_sampling
+from ppl_vae.evidence.annealing import Work, annealed_importance_sampling
 from ppl_vae.evidence.blocks import at_least_one, blocks, looked_at, root_seed, start_from, untouched
 from ppl_vae.evidence.importance import importance_sampling
+from ppl_vae.evidence.modes import ModeCheck, mode_check
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.simulation import simulate
-from ppl_vae.proposals import Guide, Prior, Proposal
+from ppl_vae.proposals import Guide, Proposal
 from ppl_vae.scoring import Program
 
 Estimator = Callable[..., Evidence]
@@ -100,9 +100,12 @@ class Bounds:
         lines = [f"{self.method}: {len(self.lower)} data"]
         names = ["upper", *(["reverse"] if self.reverse is not None else []), "lower"]
         for name in names:
-            values = getattr(self, name)
-            lines.append(f"{name:<18}{values.mean().item():>12.3f} ± {_error(values):.3f}  {self.kind[name]}")
-        lines.append(f"{'width':<18}{self.width.mean().item():>12.4f} ± {_error(self.width):.4f}  nats per datum")
+            lines.append(f"{name:<10}{_mean(getattr(self, name), 3)}  {self.kind[name]}")
+        lines.append(f"{'width':<10}{_mean(self.width, 4)}  nats per datum")
+        if self.modes is not None and not self.modes.warnings():
+            lines.append(
+                f"Chains from the prior find no more mass on the {len(self.modes.index)} data that were tried."
+            )
         return "\n".join([*lines, *(f"! {warning}" for warning in self.warnings())])
 
     def warnings(self) -> list[str]:
@@ -124,8 +127,10 @@ class Bounds:
         return found + (self.modes.warnings() if self.modes is not None else [])
 
 
-def _error(values: Tensor) -> float:
-    return values.std().item() / sqrt(len(values)) if len(values) > 1 else nan
+def _mean(values: Tensor, digits: int) -> str:
+    """The mean with its standard error over the data, where there are two or more."""
+    error = f"{values.std().item() / sqrt(len(values)):.{digits}f}" if len(values) > 1 else "–"
+    return f"{values.mean().item():>12.{digits}f} ± {error:<7}"
 
 
 def sandwich(
@@ -208,7 +213,7 @@ def sandwich(
         reverse,
         None,
         args,
-        f"Annealing from {proposal} and back, {work.num_temperatures} temperatures, simulated data",
+        f"Annealing from {proposal} and back, {work.temperatures}, simulated data",
     )
 
 
@@ -282,108 +287,3 @@ def bounds(
         args,
         f"{found.method}, twice",
     )
-
-
-@dataclass(frozen=True, eq=False)
-class ModeCheck:
-    """Chains from the guide and chains from the prior on the same data: do they find the same mass?
-
-    Attributes:
-        index: which data, `(M,)`.
-        from_guide: their evidence by annealing from the guide.
-        from_prior: by annealing from the prior, which visits modes that the guide does not know of.
-    """
-
-    index: Tensor
-    from_guide: AnnealedEvidence
-    from_prior: AnnealedEvidence
-
-    @property
-    def missed(self) -> Tensor:
-        """Where the prior's chains found more than the guide's, by over 3 standard errors and 0.1 nats, `(M,)`."""
-        more = self.from_prior.log_px - self.from_guide.log_px
-        error = (self.from_prior.standard_error.square() + self.from_guide.standard_error.square()).sqrt()
-        return (more > 3 * error) & (more > 0.1)
-
-    def summary(self) -> None:
-        """Prints both means and what follows from them."""
-        print(self)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{evidence.method}: {evidence.mean:.3f} ± {evidence.mc_standard_error:.3f} over {len(self.index)} data"
-            for evidence in (self.from_guide, self.from_prior)
-        ]
-        return "\n".join([*lines, *(f"! {warning}" for warning in self.warnings())])
-
-    def warnings(self) -> list[str]:
-        """In sentences, what the guide's chains have missed, or why the check could not tell."""
-        found = []
-        if count := int(self.missed.sum()):
-            most = (self.from_prior.log_px - self.from_guide.log_px)[self.missed].max().item()
-            found.append(
-                f"Chains from the prior find more mass than chains from the guide for {count} of {len(self.index)} "
-                f"data, up to {most:.2f} nats: the guide misses a mode of their posteriors, and numbers from it are "
-                "too low."
-            )
-        behind = int((self.from_prior.log_px < self.from_guide.log_px - 1).sum())
-        if behind > len(self.index) / 2:
-            found.append(
-                f"Chains from the prior stay more than a nat below those from the guide for {behind} of "
-                f"{len(self.index)} data: with so few temperatures they cannot tell whether the guide misses a mode."
-            )
-        return found
-
-
-def mode_check(
-    model: Program,
-    guide: Program,
-    *args: Any,
-    num_data: int = 8,
-    num_chains: int = 16,
-    num_temperatures: int = 1000,
-    num_leapfrog: int = 5,
-    seed: int | None = 0,
-) -> ModeCheck:
-    """Anneals some of the data from the guide and from the prior, to see whether the guide misses a mode.
-
-    All that starts from a guide inherits what the guide does not know of, and no diagnostic of its weights can show it.
-    Chains from the prior start everywhere, and need many more temperatures.
-
-    Args:
-        model: p(x, z).
-        guide: q(z given x).
-        *args: the data, `(N, ...)`, and what else both programs take.
-        num_data: how many of them, evenly spread.
-        num_chains: K, for each datum and start.
-        num_temperatures: T, from the prior; from the guide a tenth.
-        num_leapfrog: L.
-        seed: of the draws.
-
-    Returns:
-        A `ModeCheck`; its `missed` is true where the prior's chains found more.
-
-    Example:
-        >>> from ppl_vae.linear_gaussian import LinearGaussian
-        >>> lg = LinearGaussian(torch.tensor([[1.0], [2.0], [0.5]]), mean=0.0, noise=0.7)
-        >>> mode_check(lg.model, lg.guide, lg.model(num_data=7), num_data=3, num_temperatures=100).missed
-        tensor([False, False, False])
-    """
-    available, wanted = scoring.check_data(*args), at_least_one("num_data", num_data)
-    index = torch.linspace(0, available - 1, min(wanted, available)).round().long()
-    some = scoring.rows(args, index.to(args[0].device))
-    root = root_seed(seed)
-    guided, prior = (
-        annealed_importance_sampling(
-            model,
-            guide,
-            *some,
-            num_chains=num_chains,
-            num_temperatures=temperatures,
-            num_leapfrog=num_leapfrog,
-            proposal=proposal,
-            seed=root,
-        )
-        for proposal, temperatures in ((Guide(), max(1, num_temperatures // 10)), (Prior(), num_temperatures))
-    )
-    return ModeCheck(index, guided, prior)
