@@ -540,7 +540,7 @@ def test_summary_says_when_not_to_believe_it(capsys: pytest.CaptureFixture[str])
     good = annealed_importance_sampling(lg.model, lg.perturbed_guide(), x)
     good.summary()
     printed = capsys.readouterr().out
-    assert "Annealed importance sampling from the guide, 100 temperatures: 31 data, 16 samples each" in printed
+    assert "Annealed importance sampling from the guide, 100 temperatures: 31 data, 16 chains each" in printed
     assert "moves accepted" in printed
     assert "!" not in printed
     bad = str(annealed_importance_sampling(lg.model, lg.guide, 30 * x, num_temperatures=3, proposal=Prior()))

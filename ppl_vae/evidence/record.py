@@ -42,6 +42,8 @@ class Evidence:
     method: str
     strategy: str
 
+    _draws = "samples"  # in words
+
     @property
     def mean(self) -> float:
         """Mean log_px over the data."""
@@ -81,10 +83,10 @@ class Evidence:
             ("  ± other samples", f"{self.mc_standard_error:.4f}", "standard error over samples, same data"),
             ("  bias", f"{self.mc_bias:.4f}", "for lack of samples, to first order"),
             ("ELBO", f"{self.elbo.mean().item():.3f}", "nats per datum"),
-            ("ESS, median", f"{self.ess.median().item():.1f}", f"of {self.num_samples} samples"),
+            ("ESS, median", f"{self.ess.median().item():.1f}", f"of {self.num_samples} {self._draws}"),
             self._quality(),
         ]
-        title = f"{self.method}: {len(self.log_px)} data, {self.num_samples} samples each"
+        title = f"{self.method}: {len(self.log_px)} data, {self.num_samples} {self._draws} each"
         # One datum has no spread over data, one sample none over samples.
         lines = [f"{name:<18}{'–' if value in ('nan', '-nan') else value:>12}  {unit}" for name, value, unit in rows]
         return "\n".join([title, *lines, *(f"! {warning}" for warning in self.warnings())])
