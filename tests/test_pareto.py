@@ -32,6 +32,28 @@ def test_equals_arviz(num_samples: int, offset: float) -> None:
     np.testing.assert_allclose(pareto.shape(lw).numpy(), arviz_k(lw), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("num_samples", [50, 100, 1024, 10_000])
+def test_smoothed_weights_equal_arviz(num_samples: int) -> None:
+    """The whole set of weights after smoothing, normalised as ArviZ does."""
+    lw = torch.randn(num_samples, 7, dtype=torch.float64) * torch.linspace(0.1, 5, 7) - 700
+    ordered, order = lw.sort(0, descending=True)
+    kept = pareto.tail_length(num_samples) + 1
+    smoothed = torch.cat([pareto.smoothed(ordered[:kept].T, num_samples)[1].T, ordered[kept:]])
+    ours = torch.empty_like(lw).scatter(0, order, smoothed)
+    np.testing.assert_allclose((ours - ours.logsumexp(0)).T.numpy(), arviz_smoothed(lw), rtol=0, atol=1e-9)
+
+
+def arviz_smoothed(log_weights: torch.Tensor) -> np.ndarray:
+    """Pareto-smoothed, normalised log weights `(batch, num_samples)` by whichever ArviZ is installed."""
+    samples_last = log_weights.T.double().numpy().copy()
+    arviz = pytest.importorskip("arviz")
+    if hasattr(arviz, "psislw"):
+        return np.asarray(arviz.psislw(samples_last)[0])
+    from arviz_stats.base import array_stats
+
+    return np.asarray(array_stats.psislw(-samples_last)[0])
+
+
 def test_equals_arviz_with_ties_and_underflow() -> None:
     if not hasattr(pytest.importorskip("arviz"), "psislw"):
         pytest.skip("ArviZ 1.x keeps ties and underflowing weights in the tail; 0.23 does not, nor do we")

@@ -212,8 +212,10 @@ class AnnealedEvidence(Evidence):
     resolved: Tensor
     num_temperatures: int
 
+    _draws = "chains"
+
     def _quality(self) -> tuple[str, str, str]:
-        return "moves accepted", f"{100 * self.acceptance.mean().item():.1f} %", "of all, the median datum's"
+        return "moves accepted", f"{100 * self.acceptance.mean().item():.1f} %", "of all moves, mean over the data"
 
     def _doubts(self) -> list[str]:
         found = []
