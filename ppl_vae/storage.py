@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppl_vae import files
+from ppl_vae import files, likelihoods
 from ppl_vae.autoencoder import Autoencoder
 from ppl_vae.coin import BetaBernoulli
-from ppl_vae.likelihoods import Bernoulli, Gaussian
 from ppl_vae.linear_gaussian import LinearGaussian
 from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder
 from ppl_vae.posteriors import DiagonalNormal, Point
@@ -22,9 +21,27 @@ from ppl_vae.vae import VAE
 
 # What a file may name. Nothing else is ever imported or called on the word of a file.
 PROGRAMS = (VAE, Autoencoder, LinearGaussian, BetaBernoulli)
-PARTS = (Bernoulli, Gaussian, StandardNormal, Flat, DiagonalNormal, Point, MLP, ConvEncoder, ConvDecoder)
+PARTS = (StandardNormal, Flat, DiagonalNormal, Point, MLP, ConvEncoder, ConvDecoder)
+LIKELIHOODS = (
+    likelihoods.Bernoulli,
+    likelihoods.Beta,
+    likelihoods.Binned,
+    likelihoods.Binomial,
+    likelihoods.Categorical,
+    likelihoods.ContinuousBernoulli,
+    likelihoods.DiscretisedGaussian,
+    likelihoods.DiscretisedLogistic,
+    likelihoods.Gaussian,
+    likelihoods.Laplace,
+    likelihoods.Logistic,
+    likelihoods.LogisticMixture,
+    likelihoods.NegativeBinomial,
+    likelihoods.Poisson,
+    likelihoods.StudentT,
+    likelihoods.ZeroInflatedNegativeBinomial,
+)
 LAYERS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Linear, nn.Dropout)
-KNOWN: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (*PROGRAMS, *PARTS, *LAYERS)}
+KNOWN: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (*PROGRAMS, *PARTS, *LIKELIHOODS, *LAYERS)}
 
 
 def save(program: nn.Module, path: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import pyro
@@ -46,14 +46,23 @@ class Model(nn.Module):
 class Guide(nn.Module):
     """The approximate posterior q(z given x) of `VAE`."""
 
-    def __init__(self, data_shape: tuple[int, ...], latent_dim: int, encoder: nn.Module, posterior: Posterior) -> None:
+    def __init__(
+        self,
+        data_shape: tuple[int, ...],
+        latent_dim: int,
+        encoder: nn.Module,
+        posterior: Posterior,
+        inputs: Callable[[Tensor], Tensor],
+    ) -> None:
         super().__init__()
         self.data_shape, self.latent_dim, self.encoder, self.posterior = data_shape, latent_dim, encoder, posterior
+        # A method of the likelihood, which itself, with its parameters, belongs to the model.
+        self.inputs = inputs
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z given x), for x of shape `(*batch, *data_shape)`."""
         event_dim = len(self.data_shape)
-        features = over_leading(self.encoder, x, event_dim)
+        features = over_leading(self.encoder, self.inputs(x), event_dim)
         _check_count("encoder", features.shape[x.dim() - event_dim :], self.posterior.num_features(self.latent_dim))
         return self.posterior(features.flatten(x.dim() - event_dim))
 
@@ -96,7 +105,8 @@ class VAE(nn.Module):
         prior: p(z), of `ppl_vae.priors`; N(0, I) by default.
         posterior: the family of q(z given x), of `ppl_vae.posteriors`; diagonal normal by default.
         encoder: any `nn.Module` from `(rows, *data_shape)` to `posterior.num_features(latent_dim)` numbers a row;
-            an `MLP` by default.
+            an `MLP` by default. It is given `likelihood.inputs(x)`: x itself, levels on the unit scale, log(1 + x)
+            of counts.
         decoder: any `nn.Module` from `(rows, latent_dim)` to `likelihood.num_parameters` numbers a data dimension;
             an `MLP` by default.
 
@@ -145,7 +155,7 @@ class VAE(nn.Module):
         if decoder is None:
             decoder = MLP(latent_dim, (likelihood.num_parameters * self.data_shape[0], *self.data_shape[1:]))
         self.model = Model(self.data_shape, prior, decoder, likelihood)
-        self.guide = Guide(self.data_shape, latent_dim, encoder, posterior)
+        self.guide = Guide(self.data_shape, latent_dim, encoder, posterior, likelihood.inputs)
 
     @property
     def prior(self) -> nn.Module:
