@@ -12,11 +12,19 @@ from torch import nn
 
 import ppl_vae as pv
 from ppl_vae import files, storage
+from ppl_vae import likelihoods as lh
 from ppl_vae.coin import BetaBernoulli
 from ppl_vae.likelihoods import Bernoulli, Gaussian
 from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder
 from ppl_vae.posteriors import DiagonalNormal
 from ppl_vae.priors import StandardNormal
+
+
+def scale_fixed() -> lh.Gaussian:
+    likelihood = lh.Gaussian()
+    likelihood.fix_scale(torch.zeros(7), torch.ones(7))
+    return likelihood
+
 
 PROGRAMS: dict[str, Any] = {
     "default": lambda: pv.VAE((8, 8), 2),
@@ -40,6 +48,29 @@ PROGRAMS: dict[str, Any] = {
     "torch layers": lambda: pv.VAE(
         (7,), 2, encoder=nn.Sequential(nn.Linear(7, 5, bias=False), nn.ELU(), nn.Linear(5, 4))
     ),
+    **{
+        f"{name}": lambda likelihood=likelihood: pv.VAE((7,), 2, likelihood=likelihood())
+        for name, likelihood in {
+            "beta": lambda: lh.Beta(floor=0.01),
+            "binned": lambda: lh.Binned(lh.Laplace(per_pixel=True, floor=0.01), 17),
+            "binned interval": lambda: lh.Binned(lh.ContinuousBernoulli()),
+            "discretised": lambda: lh.DiscretisedLogistic(17, per_pixel=True, floor=0.02),
+            "discretised, fixed": lambda: lh.DiscretisedGaussian(scale=0.25),
+            "discretised, learned": lambda: lh.DiscretisedGaussian(),
+            "mixture": lambda: lh.LogisticMixture(3, 17, floor=0.01),
+            "tables": lambda: lh.Categorical(5),
+            "trials": lambda: lh.Binomial(5),
+            "laplace": lh.Laplace,
+            "logistic": lambda: lh.Logistic(0.5),
+            "student": lambda: lh.StudentT(3.0, per_pixel=True),
+            "scale fixed on data": scale_fixed,
+            "poisson": lh.Poisson,
+            "genes": lambda: lh.NegativeBinomial(shape=(7,)),
+            "fixed dispersion": lambda: lh.NegativeBinomial(2.5),
+            "zero-inflated": lambda: lh.ZeroInflatedNegativeBinomial(per_pixel=True),
+        }.items()
+    },
+    "colours": lambda: pv.VAE((3, 2, 2), 2, likelihood=lh.LogisticMixture(2, rgb=True)),
     "linear gaussian": lambda: pv.LinearGaussian(torch.randn(7, 3).double(), torch.randn(7), 0.5),
     "beta bernoulli": lambda: BetaBernoulli(2.0, 3.5),
 }
@@ -109,9 +140,9 @@ def test_every_part_is_known_to_storage() -> None:
     """A family added to a room must be loadable."""
     from ppl_vae import likelihoods, networks, posteriors, priors
 
-    abstract = {"Likelihood", "Posterior"}
+    abstract = {"Likelihood", "LocationScale", "Posterior"}
     for room in (likelihoods, networks, posteriors, priors):
         for name, value in vars(room).items():
-            if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == room.__name__:
+            if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__.startswith(room.__name__):
                 assert name in abstract or storage.KNOWN.get(name) is value
-    assert Bernoulli in storage.PARTS
+    assert storage.KNOWN["Bernoulli"] is Bernoulli

@@ -194,7 +194,7 @@ class _NegativeBinomial(_OfCounts):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
             theta = self.log_dispersion.exp().expand(self._extended_shape(sample_shape))
-            return torch.poisson(torch._standard_gamma(theta) / theta * self.mean)
+            return torch.poisson(torch._standard_gamma(theta) / theta * self.log_mean.exp())
 
     @property
     def variance(self) -> Tensor:
