@@ -223,6 +223,9 @@ def test_scales_that_cannot_be_fixed() -> None:
     for x in (torch.zeros(3), torch.tensor([0.0, 1.0, torch.nan])):
         with pytest.raises(ValueError, match="they fix no scale"):
             Gaussian().fix_scale(torch.zeros(3), x)
+    discretised = lh.DiscretisedGaussian()
+    assert discretised.scale is None
+    assert discretised.likelihood.fix_scale(torch.zeros(3), torch.ones(3)) == discretised.scale == 1
     assert Gaussian(floor=0.5).fix_scale(torch.zeros(3), torch.full((3,), 0.1)) == 0.5
 
 

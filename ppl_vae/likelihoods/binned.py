@@ -65,12 +65,18 @@ FINEST_SCALE = 1e-4
 
 class _Discretised(Binned):
     family: ClassVar[type[LocationScale]]
+    likelihood: LocationScale
 
     def __init__(
         self, levels: int = 256, scale: float | None = None, *, per_pixel: bool = False, floor: float = FINEST_SCALE
     ) -> None:
         super().__init__(self.family(scale, per_pixel=per_pixel, floor=floor), levels)
-        self.scale, self.per_pixel, self.floor = scale, per_pixel, floor
+        self.per_pixel, self.floor = per_pixel, floor
+
+    @property
+    def scale(self) -> float | None:
+        """The fixed scale, of the unit, or None."""
+        return self.likelihood.scale
 
 
 class DiscretisedGaussian(_Discretised):
@@ -106,8 +112,9 @@ class DiscretisedLogistic(_Discretised):
         Autoregressive Flow, 2016. https://arxiv.org/abs/1606.04934
 
     Example:
-        >>> DiscretisedLogistic(17, scale=100.0)(torch.zeros(3)).log_prob(torch.full((3,), 8.0)).exp()
-        tensor(...)
+        >>> p = DiscretisedLogistic(17, scale=0.1)(torch.tensor([0.0, 0.5, 1.0]))
+        >>> p.base_dist.log_prob(torch.tensor([0.0, 8.0, 16.0])).exp()
+        tensor([0.5775, 0.1550, 0.5775])
     """
 
     family = Logistic
