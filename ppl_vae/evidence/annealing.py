@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from ppl_vae.evidence.blocks import Block, at_least_one, blocks, looked_at, root
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import COLUMNS, WeightStream
 from ppl_vae.proposals import Density, Guide, Proposal
-from ppl_vae.scoring import Pair, Program, Target
+from ppl_vae.scoring import PROBE_DATA, Pair, Program, Target
 
 # Rows (chains × data) that move at once.
 BLOCK_ROWS = 1024
@@ -301,7 +302,7 @@ def annealed_importance_sampling(
     root = root_seed(seed)
     with looked_at(model, guide, *args) as pair:
         parts = []
-        for block in blocks(pair, args, work.block_size):
+        for block in work.blocks(pair, args):
             path, schedule = work.prepared(pair, block, root)
             start_from(root, block.start, 2)
             log_w, first, acceptance = path.forward(schedule, work.num_chains)
@@ -327,8 +328,13 @@ class Work:
         self.num_temperatures = at_least_one("num_temperatures", num_temperatures)
         self.num_leapfrog = at_least_one("num_leapfrog", num_leapfrog)
         self.proposal = proposal
-        self.block_size = max(1, BLOCK_ROWS // self.num_chains)
         self.temperatures = f"{num_temperatures} temperature{'s' if num_temperatures > 1 else ''}"
+
+    def blocks(self, pair: Pair, args: tuple[Any, ...]) -> Iterator[Block]:
+        """The data in blocks whose chains, for each configuration of discrete latents, are rows enough."""
+        some = scoring.rows(args, slice(PROBE_DATA)) if pair.splits else args
+        rows = self.num_chains * Target(pair, *some).num_configurations
+        return blocks(pair, args, max(1, BLOCK_ROWS // rows))
 
     def prepared(self, pair: Pair, block: Block, root: int) -> tuple[Path, Schedule]:
         """The path of a block and its frozen schedule."""

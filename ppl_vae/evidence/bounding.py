@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence.annealing import Work, annealed_importance_sampling
-from ppl_vae.evidence.blocks import at_least_one, blocks, looked_at, root_seed, start_from, untouched
+from ppl_vae.evidence.blocks import at_least_one, looked_at, root_seed, start_from, untouched
 from ppl_vae.evidence.importance import importance_sampling
 from ppl_vae.evidence.modes import ModeCheck, mode_check
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.simulation import simulate
-from ppl_vae.proposals import Guide, Proposal
+from ppl_vae.proposals import Defensive, Guide, Proposal
 from ppl_vae.scoring import Program
 
 Estimator = Callable[..., Evidence]
@@ -187,6 +187,11 @@ def sandwich(
         True
     """
     work = Work(num_chains, num_temperatures, num_leapfrog, proposal)
+    if isinstance(proposal, Defensive):
+        raise ValueError(
+            "The chains of a defensive mixture start in fixed proportions from its parts, so that a reverse chain "
+            "cannot take the place of any one of them. Use another proposal, such as StudentT()."
+        )
     num_data = at_least_one("num_data", num_data)
     root = root_seed(seed)
     with untouched(model, guide):
@@ -194,7 +199,7 @@ def sandwich(
         args, latents = simulate(model, args, num_data)
     with looked_at(model, guide, *args) as pair:
         parts = []
-        for block in blocks(pair, args, work.block_size):
+        for block in work.blocks(pair, args):
             path, schedule = work.prepared(pair, block, root)
             start_from(root, block.start, 2)
             forward, first, _ = path.forward(schedule, work.num_chains)
