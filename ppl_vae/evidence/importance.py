@@ -16,7 +16,7 @@ from ppl_vae import scoring
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, looked_at, root_seed, start_from
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import COLUMNS, WeightStream
-from ppl_vae.proposals import Guide, Proposal
+from ppl_vae.proposals import Guide, Proposal, checked
 from ppl_vae.scoring import Pair, Program, Target, Values
 
 # Random numbers are drawn for a block of data and samples at a time. The blocks' sizes depend on nothing but
@@ -85,7 +85,7 @@ def importance_sampling(
         True
     """
     num_samples = at_least_one("num_samples", num_samples)
-    pace = _Pace(max_rows)
+    pace, proposal = _Pace(max_rows), checked(proposal)
     num_data = scoring.check_data(*args)
     root = root_seed(seed)
     # Made beforehand: small results kept between large temporaries would hold on to the memory of those.

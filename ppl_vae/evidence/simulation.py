@@ -98,6 +98,9 @@ def _argument(name: str, value: Tensor, args: tuple[Any, ...]) -> int:
         and argument.numel() == value.numel()
         and torch.equal(argument.reshape(-1).to(value), value.reshape(-1))
     ]
+    # Of arguments with equal values, the one that the site holds itself.
+    same = [p for p in places if args[p].untyped_storage().data_ptr() == value.untyped_storage().data_ptr()]
+    places = same or places
     if len(places) > 1:
         raise ValueError(
             f"What the model observes at '{name}' equals {len(places)} of its arguments, so that it cannot be told "
