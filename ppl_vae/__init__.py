@@ -55,9 +55,12 @@ if TYPE_CHECKING:
     )
     from ppl_vae.autoencoder import Autoencoder
     from ppl_vae.evidence import (
+        AnnealedEvidence,
         Bounds,
         Evidence,
         Exact,
+        Kind,
+        ModeCheck,
         annealed_importance_sampling,
         bounds,
         enumeration,
@@ -78,13 +81,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "AnnealedEvidence",
     "Autoencoder",
     "Bounds",
     "Evidence",
     "Exact",
     "Gaps",
     "History",
+    "Kind",
     "LinearGaussian",
+    "ModeCheck",
     "annealed_importance_sampling",
     "autoencoder",
     "batches",
@@ -124,13 +130,16 @@ __all__ = [
 ]
 
 _ROOM_OF = {
+    "AnnealedEvidence": "evidence",
     "Autoencoder": "autoencoder",
     "Bounds": "evidence",
     "Evidence": "evidence",
     "Exact": "evidence",
     "Gaps": "gaps",
     "History": "training",
+    "Kind": "evidence",
     "LinearGaussian": "linear_gaussian",
+    "ModeCheck": "evidence",
     "VAE": "vae",
     "annealed_importance_sampling": "evidence",
     "bits_per_dim": "likelihoods",

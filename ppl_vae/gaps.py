@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppl_vae.evidence import WeightStream
 from ppl_vae.evidence.annealing import Path
-from ppl_vae.evidence.blocks import Block, blocks, looked_at, root_seed, start_from
+from ppl_vae.evidence.blocks import Block, at_least_one, blocks, looked_at, root_seed, start_from
 from ppl_vae.proposals import Density, Guide
 from ppl_vae.proposals.families import DiagonalNormal, Family
 from ppl_vae.proposals.local import Local
@@ -30,7 +30,7 @@ IMPOSSIBLE = 4.5
 NAMES = ("log_px", "elbo", "best_elbo", "kl", "approximation", "amortisation")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Gaps:
     """log p(x) − ELBO, per datum, split in two. All in nats, float64, `(N,)`; nothing is clipped at 0.
 
@@ -41,7 +41,8 @@ class Gaps:
         best_elbo: of the best member of the family for each datum, on draws that had no part in finding it.
         standard_error: of each of `NAMES`, `(N,)`, over other draws. The two ELBOs have draws of their own.
         converged: whether the best member was found: its ELBO had stopped rising, and is not below the guide's by more
-            than two standard errors. Where it is False, `best_elbo` is too low by an unknown amount.
+            than two standard errors; or it is at log p(x). Where it is False, `best_elbo` is too low by an unknown
+            amount.
         is_bound: whether log_px comes from samples, whose mean is a lower bound: so then are kl and approximation.
         num_samples: draws for each ELBO and datum.
         family: of the best member, in words.
@@ -90,6 +91,10 @@ class Gaps:
     def summary(self) -> None:
         """Prints the means with their errors, and says in words when not to believe them."""
         print(self)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name} {self.mean[name]:.3f}" for name in ("kl", "approximation", "amortisation"))
+        return f"Gaps({len(self.elbo)} data: {parts})"
 
     def __str__(self) -> str:
         words = {
@@ -197,8 +202,8 @@ def inference_gaps(
         >>> abs(gaps.mean["approximation"] - best.item()) < 4.5 * gaps.mc_standard_error["approximation"] + 0.01
         True
     """
-    if num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2, for a standard error to exist; got {num_samples!r}.")
+    if at_least_one("num_samples", num_samples) < 2:
+        raise ValueError("num_samples must be at least 2, for a standard error to exist; got 1.")
     local, root = Local(family, num_steps=num_steps), root_seed(seed)
     with looked_at(model, guide, *args) as pair:
         known = None if log_px is None else _given(log_px, len(args[0]))
@@ -217,7 +222,9 @@ def inference_gaps(
         elbo=elbo,
         best_elbo=best,
         standard_error=errors,
-        converged=converged & (best - elbo >= -2 * errors["amortisation"]),
+        # Where nothing is left below log p(x), there is nothing left to find.
+        converged=(converged & (best - elbo >= -2 * errors["amortisation"]))
+        | ((value - best).abs() < 0.01 + 3 * errors["approximation"]),
         is_bound=known is None or hasattr(log_px, "standard_error"),
         num_samples=num_samples,
         family=str(family),

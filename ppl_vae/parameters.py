@@ -7,7 +7,6 @@ from typing import Any
 
 import pyro
 from pyro import poutine
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ppl_vae import isolation, scoring
@@ -101,8 +100,8 @@ def _of_program(label: str, program: Program, trace: poutine.Trace) -> Parameter
     if isinstance(owner, nn.Module):
         found = {f"{label}.{name}": parameter for name, parameter in owner.named_parameters()}
     for name, value in _param_sites(trace).items():
-        # A PyroModule runs with its own parameters, whatever an earlier one left in the store under their names.
-        if not (isinstance(owner, PyroModule) and f"{label}.{name}" in found):
+        # A module runs with its own parameters, whatever an earlier one left in the store under their names.
+        if f"{label}.{name.replace('$$$', '.')}" not in found:
             # The store trains the unconstrained leaf under a constrained parameter.
             leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
             found.setdefault(name.replace("$$$", "."), leaf)

@@ -469,7 +469,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "picks its own data": (picks_its_own_data, picks_its_own_data_guide, "No plate of the model is over the 5 data"),
     "guide observes": (ok_model, observing_guide, "The guide observes 'x'"),
     "guide with a factor": (ok_model, guide_with_factor, "The guide observes 'bonus'"),
-    "masked in the guide only": (ok_model, masked_guide, "'z' is masked in one of the two programs only"),
+    "masked in the guide only": (ok_model, masked_guide, "'z' is masked differently in the two programs"),
     "improper prior": (improper_model, ok_guide, "The prior of 'z' is improper"),
     "plate's index": (uses_the_index, ok_guide, "The model gives a datum another density in another batch"),
     "statistics of the batch": (uses_the_batch, ok_guide, "The model gives a datum another density in another batch"),

@@ -819,3 +819,31 @@ def test_nothing_of_fit_is_left_behind(x: Tensor) -> None:
     vae = small_vae()
     fit(vae.model, vae.guide, x, epochs=1, progress=False)
     assert all(p.grad is None for p in vae.parameters())
+
+
+def test_a_second_module_that_registers_its_network_is_trained_without_a_word() -> None:
+    """The store still holds the first one's parameters under that name; the module runs with its own."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    class Registering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(1, 2)
+
+        def forward(self, x: Tensor) -> None:
+            pyro.module("encoder", self.encoder)
+            loc, log_scale = self.encoder(x[:, None]).unbind(-1)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, log_scale.exp()))
+
+    x = torch.randn(101)
+    for _ in range(2):
+        guide = Registering()
+        before = guide.encoder.weight.detach().clone()
+        history = fit(model, guide, x, epochs=30, learning_rate=1e-2, progress=False, seed=0)
+        assert (guide.encoder.weight != before).all()
+        assert history.loss[-1] < history.loss[0]

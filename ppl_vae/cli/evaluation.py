@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite, nan, sqrt
+from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -34,7 +34,7 @@ MOST_SIMULATED = 100
 # The mean log weight of some draws is never above their log mean weight, and keeps its promises.
 MEAN_LOG_WEIGHT = Kind("mean log weight", "lower", in_expectation=True, in_probability=True, data="any")
 # What evidence.safetensors holds of each datum.
-SAMPLED = ["log_px", "standard_error", "ess", "pareto_k", "elbo"]
+SAMPLED = ["log_px", "standard_error", "ess", "pareto_k", "elbo", "jackknife", "pareto_smoothed"]
 PER_DATUM = {
     Evidence: SAMPLED,
     AnnealedEvidence: [*SAMPLED, "acceptance", "resolved"],
@@ -107,7 +107,8 @@ def evaluate(folder: Path, plan: Plan) -> None:
             "simulated_data": _section(simulated),
             "ladder": [{**rung._asdict(), "kind": str(rung.kind)} for rung in rungs],
         }
-        per_datum |= {name: getattr(bounds, name) for name in ("lower", "upper", "lower_error", "upper_error")}
+        per_datum |= {name: getattr(bounds, name) for name in ("lower", "upper")}
+        per_datum |= {f"{name}_standard_error": error for name, error in bounds.standard_error.items()}
         _write(folder, results, per_datum, figures | ladder(rungs, evidence))
     typer.echo(f"Written: {folder / 'evidence.json'}, and per datum {folder / 'evidence.safetensors'}")
 
@@ -236,8 +237,7 @@ def _rungs(run: Run, x: Tensor, plan: Plan, evidence: Evidence | Exact, bounds: 
 
 
 def _rung(name: str, bounds: Bounds, side: Literal["lower", "upper"]) -> Rung:
-    values, errors = getattr(bounds, side), getattr(bounds, f"{side}_error")
-    return Rung(name, values.mean().item(), errors.square().sum().sqrt().item() / len(values), bounds.kind[side])
+    return Rung(name, bounds.mean[side], bounds.mc_standard_error[side], bounds.kind[side])
 
 
 def _section(bounds: Bounds) -> dict[str, Any]:
@@ -249,16 +249,28 @@ def _section(bounds: Bounds) -> dict[str, Any]:
         "warnings": bounds.warnings(),
     }
     for name, kind in bounds.kind.items():
-        values = getattr(bounds, name)
-        error = (values.std() / sqrt(len(values))).item() if len(values) > 1 else nan
-        found[name] = {"value": values.mean().item(), "mean_standard_error": error, "kind": str(kind)}
+        found[name] = {
+            "value": bounds.mean[name],
+            "mc_standard_error": bounds.mc_standard_error[name],
+            "mean_standard_error": bounds.mean_standard_error[name],
+            "kind": str(kind),
+        }
     return found
+
+
+def _as_json(value: Any) -> Any:
+    """Numbers that JSON has no form for become null."""
+    if isinstance(value, dict):
+        return {name: _as_json(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_as_json(v) for v in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _write(folder: Path, results: dict[str, Any], per_datum: dict[str, Tensor], figures: dict[str, Picture]) -> None:
     """Writes means, what is known per datum, and pictures, in the place of those of an earlier evaluation."""
     files.write_tensors(folder / "evidence.safetensors", per_datum)
-    files.write_json(folder / "evidence.json", results)
+    files.write_json(folder / "evidence.json", _as_json(results))
     for name in {"pareto_k", "ladder"} - figures.keys():
         (folder / "figures" / f"{name}.png").unlink(missing_ok=True)
     pictures.draw(figures, folder)

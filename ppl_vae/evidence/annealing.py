@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from ppl_vae import scoring
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, looked_at, root_seed, start_from
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import COLUMNS, WeightStream
-from ppl_vae.proposals import Density, Guide, Proposal
-from ppl_vae.scoring import Pair, Program, Target
+from ppl_vae.proposals import Density, Guide, Proposal, checked
+from ppl_vae.scoring import PROBE_DATA, Pair, Program, Target
 
 # Rows (chains × data) that move at once.
 BLOCK_ROWS = 1024
@@ -198,7 +199,7 @@ def _largest_step(log_ratio: Tensor, most: Tensor) -> Tensor:
     return torch.where(whole, most, low)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AnnealedEvidence(Evidence):
     """An `Evidence` whose draws are chains.
 
@@ -214,6 +215,14 @@ class AnnealedEvidence(Evidence):
 
     _draws = "chains"
 
+    @property
+    def num_chains(self) -> int:
+        """K, for each datum."""
+        return self.num_samples
+
+    def _smoothed(self) -> list[tuple[str, str, str]]:
+        return []  # too few weights to have a tail
+
     def _quality(self) -> tuple[str, str, str]:
         return "moves accepted", f"{100 * self.acceptance.mean().item():.1f} %", "of all moves, mean over the data"
 
@@ -224,12 +233,13 @@ class AnnealedEvidence(Evidence):
                 f"{self.num_temperatures} temperatures are too few for {100 * bad:.0f} % of the data: log p(x) is a "
                 "lower bound that more of them will raise. Take more, or a proposal closer to the posterior."
             )
-        if (stuck := (self.acceptance < 0.4).double().mean().item()) > 0.05:
+        possible = self.log_px.isfinite()
+        if (stuck := (self.acceptance[possible] < 0.4).double().mean().item()) > 0.05:
             found.append(
                 f"Less than 40 % of the moves were accepted for {100 * stuck:.0f} % of the data, so that their chains "
                 "lag behind and log p(x) is too low. More leapfrog steps, or more temperatures, help."
             )
-        if self.num_samples > 1 and (few := (self.ess < self.num_samples / 4).double().mean().item()) > 0.05:
+        if self.num_samples > 1 and (few := (self.ess[possible] < self.num_samples / 4).double().mean().item()) > 0.05:
             found.append(
                 f"For {100 * few:.0f} % of the data fewer than a quarter of the {self.num_samples} chains carry the "
                 "estimate. More temperatures bring their weights together."
@@ -301,7 +311,7 @@ def annealed_importance_sampling(
     root = root_seed(seed)
     with looked_at(model, guide, *args) as pair:
         parts = []
-        for block in blocks(pair, args, work.block_size):
+        for block in work.blocks(pair, args):
             path, schedule = work.prepared(pair, block, root)
             start_from(root, block.start, 2)
             log_w, first, acceptance = path.forward(schedule, work.num_chains)
@@ -326,9 +336,14 @@ class Work:
         self.num_chains = at_least_one("num_chains", num_chains)
         self.num_temperatures = at_least_one("num_temperatures", num_temperatures)
         self.num_leapfrog = at_least_one("num_leapfrog", num_leapfrog)
-        self.proposal = proposal
-        self.block_size = max(1, BLOCK_ROWS // self.num_chains)
+        self.proposal = checked(proposal)
         self.temperatures = f"{num_temperatures} temperature{'s' if num_temperatures > 1 else ''}"
+
+    def blocks(self, pair: Pair, args: tuple[Any, ...]) -> Iterator[Block]:
+        """The data in blocks whose chains, for each configuration of discrete latents, are rows enough."""
+        some = scoring.rows(args, slice(PROBE_DATA)) if pair.splits else args
+        rows = self.num_chains * Target(pair, *some).num_configurations
+        return blocks(pair, args, max(1, BLOCK_ROWS // rows))
 
     def prepared(self, pair: Pair, block: Block, root: int) -> tuple[Path, Schedule]:
         """The path of a block and its frozen schedule."""

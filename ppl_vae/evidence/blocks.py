@@ -65,9 +65,14 @@ def root_seed(seed: int | None) -> int:
     return (int(torch.randint(2**62, ())) if seed is None else seed) % 2**64
 
 
+def seed_of(root: int, *what: int) -> int:
+    """A seed of its own for `what` is drawn, such as a block and a step; different roots have no seeds in common."""
+    return int(np.random.SeedSequence((root, *what)).generate_state(1, np.uint64)[0] >> 1)
+
+
 def start_from(root: int, *what: int) -> None:
-    """Starts torch's random numbers from a seed of their own for `what` is drawn, such as a block and a step."""
-    torch.manual_seed(int(np.random.SeedSequence((root, *what)).generate_state(1, np.uint64)[0] >> 1))
+    """Starts torch's random numbers from the seed of `what` is drawn."""
+    torch.manual_seed(seed_of(root, *what))
 
 
 def at_least_one(name: str, value: Any) -> int:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import log, nan, sqrt
+from math import inf, log, nan, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppl_vae.evidence.annealing import Work, annealed_importance_sampling
-from ppl_vae.evidence.blocks import at_least_one, blocks, looked_at, root_seed, start_from, untouched
+from ppl_vae.evidence.blocks import at_least_one, looked_at, root_seed, seed_of, start_from, untouched
 from ppl_vae.evidence.importance import importance_sampling
 from ppl_vae.evidence.modes import ModeCheck, mode_check
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.simulation import simulate
-from ppl_vae.proposals import Guide, Proposal
+from ppl_vae.proposals import Defensive, Guide, Proposal
 from ppl_vae.scoring import Program
 
 Estimator = Callable[..., Evidence]
@@ -58,32 +58,32 @@ MULTI_SAMPLE = Kind(
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Bounds:
     """Estimates of log p(x) from both sides, per datum, in nats, float64 `(N,)`.
 
-    They are bounds in expectation: over the data their means bracket the mean log p(x) up to the errors given, while a
-    single datum's may cross.
+    They are bounds in expectation: the means over the data bracket the mean log p(x) up to `mc_standard_error`, while
+    those of a single datum may cross it.
 
     Attributes:
         lower: see `kind["lower"]`.
         upper: see `kind["upper"]`.
-        kind: for each of these names what its number is: a bound on which side, how strongly, and for which data.
-        lower_error: standard error of lower over other draws.
-        upper_error: of upper; NaN for `sandwich`, where there is one reverse chain for each datum.
         reverse: on simulated data, the upper bound of the reverse chain alone, `kind["reverse"]`; None on others.
+        kind: for each of these names what its number is: a bound on which side, how strongly, and for which data.
+        standard_error: for each name, over other draws, `(N,)`; NaN where a datum has one draw only, as reverse.
         modes: on real data, whether chains from the prior find more than those from the guide; None where not asked.
+        unchecked: why the modes were not checked, where it was asked and could not be done; otherwise empty.
         args: the data that were scored, simulated or real, and what else both programs took.
         method: how they were made, in words.
     """
 
     lower: Tensor
     upper: Tensor
-    kind: dict[str, Kind]
-    lower_error: Tensor
-    upper_error: Tensor
     reverse: Tensor | None
+    kind: dict[str, Kind]
+    standard_error: dict[str, Tensor]
     modes: ModeCheck | None
+    unchecked: str
     args: tuple[Any, ...]
     method: str
 
@@ -92,45 +92,73 @@ class Bounds:
         """upper − lower, `(N,)`."""
         return self.upper - self.lower
 
+    @property
+    def mean(self) -> dict[str, float]:
+        """Over the data, of each of the names in `kind`."""
+        return {name: getattr(self, name).mean().item() for name in self.kind}
+
+    @property
+    def mean_standard_error(self) -> dict[str, float]:
+        """Of `mean`, for other data and other draws: sd / √N. NaN for one datum."""
+        return {name: _error(getattr(self, name)) for name in self.kind}
+
+    @property
+    def mc_standard_error(self) -> dict[str, float]:
+        """Of `mean`, for the same data and other draws: √(Σ standard_error²) / N."""
+        return {name: (e.square().sum().sqrt() / len(e)).item() for name, e in self.standard_error.items()}
+
     def summary(self) -> None:
         """Prints the means with their errors, what each of them is, and what speaks against them."""
         print(self)
 
+    def __repr__(self) -> str:
+        return f"Bounds({self.method}: {self.mean['lower']:.3f} to {self.mean['upper']:.3f})"
+
     def __str__(self) -> str:
-        lines = [f"{self.method}: {len(self.lower)} data"]
-        names = ["upper", *(["reverse"] if self.reverse is not None else []), "lower"]
-        for name in names:
-            lines.append(f"{name:<10}{_mean(getattr(self, name), 3)}  {self.kind[name]}")
-        lines.append(f"{'width':<10}{_mean(self.width, 4)}  nats per datum")
-        if self.modes is not None and not self.modes.warnings():
+        lines = [f"{self.method}: {len(self.lower)} data, in nats per datum"]
+        lines.append(f"{'':<10}{'mean':>12}{'± draws':>10}{'± data':>10}")
+        for name in [name for name in ("upper", "reverse", "lower") if name in self.kind]:
             lines.append(
-                f"Chains from the prior find no more mass on the {len(self.modes.index)} data that were tried."
+                f"{name:<10}{self.mean[name]:>12.3f}{_cell(self.mc_standard_error[name])}"
+                f"{_cell(self.mean_standard_error[name])}  {self.kind[name]}"
             )
+        meaning = "how far two runs disagree, to second order" if self.kind["upper"] is TANGENT else "upper − lower"
+        lines.append(f"{'width':<10}{self.width.mean().item():>12.4f}{'':>10}{_cell(_error(self.width))}  {meaning}")
+        if self.modes is not None and not self.modes.warnings():
+            lines.append(self.modes.conclusion)
         return "\n".join([*lines, *(f"! {warning}" for warning in self.warnings())])
 
     def warnings(self) -> list[str]:
         """In sentences, why these numbers should not be believed; empty when nothing speaks against them."""
         found = []
+        possible = self.lower.isfinite() & self.upper.isfinite()
+        if (impossible := int((~possible).sum())) > 0:
+            found.append(f"{impossible} data got probability 0 in a run, so that the means are not finite.")
+        width = self.width[possible]
         if self.kind["upper"] is TANGENT:
-            if (far := (self.width.abs() > 1).double().mean().item()) > 0.05:
+            if len(width) and (far := (width.abs() > 1).double().mean().item()) > 0.05:
                 found.append(
                     f"Two independent runs disagree by more than about a nat for {100 * far:.0f} % of the data: the "
-                    "estimates have not settled. Take more temperatures."
+                    "estimates have not settled. Take more samples or temperatures, or annealed_importance_sampling."
                 )
             if self.modes is None:
                 found.append(
                     "The upper bound holds on average over runs; where every run misses the same mode of the "
                     "posterior, both numbers are too low and agree. Chains from the prior are a check: mode_check."
+                    + (f" It could not be made here: {self.unchecked}" if self.unchecked else "")
                 )
-        elif (far := self.width.mean().item()) > 1:
+        elif len(width) and (far := width.mean().item()) > 1:
             found.append(f"The bounds are {far:.1f} nats apart on average. Take more temperatures.")
         return found + (self.modes.warnings() if self.modes is not None else [])
 
 
-def _mean(values: Tensor, digits: int) -> str:
-    """The mean with its standard error over the data, where there are two or more."""
-    error = f"{values.std().item() / sqrt(len(values)):.{digits}f}" if len(values) > 1 else "–"
-    return f"{values.mean().item():>12.{digits}f} ± {error:<7}"
+def _error(values: Tensor) -> float:
+    """Of the mean over the data, where there are two or more."""
+    return values.std().item() / sqrt(len(values)) if len(values) > 1 else nan
+
+
+def _cell(error: float) -> str:
+    return f"{'–' if error != error else f'{error:.4f}':>10}"
 
 
 def sandwich(
@@ -187,6 +215,11 @@ def sandwich(
         True
     """
     work = Work(num_chains, num_temperatures, num_leapfrog, proposal)
+    if isinstance(proposal, Defensive):
+        raise ValueError(
+            "The chains of a defensive mixture start in fixed proportions from its parts, so that a reverse chain "
+            "cannot take the place of any one of them. Use another proposal, such as StudentT()."
+        )
     num_data = at_least_one("num_data", num_data)
     root = root_seed(seed)
     with untouched(model, guide):
@@ -194,7 +227,7 @@ def sandwich(
         args, latents = simulate(model, args, num_data)
     with looked_at(model, guide, *args) as pair:
         parts = []
-        for block in blocks(pair, args, work.block_size):
+        for block in work.blocks(pair, args):
             path, schedule = work.prepared(pair, block, root)
             start_from(root, block.start, 2)
             forward, first, _ = path.forward(schedule, work.num_chains)
@@ -204,16 +237,17 @@ def sandwich(
             together = torch.cat([reverse, forward[1:]])
             parts.append((columns[0], columns[1], reverse[0], together.logsumexp(0) - log(len(together))))
     lower, lower_error, reverse, upper = (torch.cat(column) for column in zip(*parts, strict=True))
+    unknown = torch.full_like(upper, nan)
     return Bounds(
-        lower,
-        upper,
-        {"lower": MEAN_WEIGHT, "upper": MULTI_SAMPLE, "reverse": REVERSE},
-        lower_error,
-        torch.full_like(upper, nan),
-        reverse,
-        None,
-        args,
-        f"Annealing from {proposal} and back, {work.temperatures}, simulated data",
+        lower=lower,
+        upper=upper,
+        reverse=reverse,
+        kind={"lower": MEAN_WEIGHT, "upper": MULTI_SAMPLE, "reverse": REVERSE},
+        standard_error={"lower": lower_error, "upper": unknown, "reverse": unknown},
+        modes=None,
+        unchecked="",
+        args=args,
+        method=f"Annealing from {proposal} and back, {work.temperatures}, simulated data",
     )
 
 
@@ -237,13 +271,18 @@ def bounds(
     measures how far two runs agree. It cannot tell what both have missed: U holds on average over runs, by rare huge
     values where all of a mode is missed, and has no guarantee in probability. Hence the chains from the prior.
 
+    Costs each estimator once and the best of them twice, and for the mode check 1000 temperatures from the prior and
+    250 from the guide, some seconds however few the data. The choice of the estimator is one for all data, and so the
+    only thing in which a datum's numbers depend on the others.
+
     Args:
         model: p(x, z), with continuous latents or few discrete ones.
         guide: q(z given x).
         *args: the data, `(N, ...)`, and what else both programs take.
         estimators: functions `(model, guide, *args, seed=...)` to an `Evidence` whose weights are unbiased for p(x),
             such as `functools.partial(pv.importance_sampling, num_samples=5000)`.
-        num_mode_checks: how many of the data, evenly spread, to anneal from the prior as well; see `mode_check`.
+        num_mode_checks: how many of the data, evenly spread, to anneal from the prior as well; 0 for none. See
+            `mode_check`, which also lets you choose how.
         seed: of the draws.
 
     Returns:
@@ -265,25 +304,39 @@ def bounds(
         >>> str(found.kind["upper"])
         'upper bound in expectation: tangent of the logarithm, any data'
     """
-    if not estimators:
-        raise ValueError("bounds needs one estimator of log p(x) or more; got none.")
+    if not isinstance(estimators, Sequence) or not estimators or not all(map(callable, estimators)):
+        raise ValueError(
+            "estimators is a list of one or more functions, such as pv.importance_sampling or a functools.partial of "
+            f"it; got {estimators!r}."
+        )
+    if num_mode_checks != 0:
+        num_mode_checks = at_least_one("num_mode_checks", num_mode_checks)
     root = root_seed(seed)
-    pilots = [estimator(model, guide, *args, seed=(root + i) % 2**64) for i, estimator in enumerate(estimators, 1)]
+    modes, unchecked = None, ""
+    if num_mode_checks:
+        try:
+            modes = mode_check(model, guide, *args, num_data=num_mode_checks, seed=seed_of(root, 0))
+        except (
+            ValueError
+        ) as error:  # as of a pair that runs on all its data or not at all; its bounds are none the worse
+            unchecked = str(error)
+    pilots = [estimator(model, guide, *args, seed=seed_of(root, i)) for i, estimator in enumerate(estimators, 1)]
     # One choice for all data: a choice for each would follow the noise of the noisier estimator.
     pilot, estimator = max(zip(pilots, estimators, strict=True), key=lambda pair: pair[0].mean)
-    found = estimator(model, guide, *args, seed=(root - 1) % 2**64)
+    found = estimator(model, guide, *args, seed=seed_of(root, len(pilots) + 1))
     ratio = (found.log_px - pilot.log_px).exp()
-    modes = None
-    if num_mode_checks:
-        modes = mode_check(model, guide, *args, num_data=num_mode_checks, seed=root)
+    impossible = pilot.log_px.isneginf()  # the logarithm has no tangent at 0
     return Bounds(
-        found.log_px,
-        pilot.log_px + ratio - 1,
-        {"lower": MEAN_WEIGHT, "upper": TANGENT},
-        found.standard_error,
-        ratio * found.standard_error,
-        None,
-        modes,
-        args,
-        f"{found.method}, twice",
+        lower=found.log_px,
+        upper=torch.where(impossible, inf, pilot.log_px + ratio - 1),
+        reverse=None,
+        kind={"lower": MEAN_WEIGHT, "upper": TANGENT},
+        standard_error={
+            "lower": found.standard_error,
+            "upper": torch.where(impossible, nan, ratio * found.standard_error),
+        },
+        modes=modes,
+        unchecked=unchecked,
+        args=args,
+        method=f"{found.method}, twice",
     )

@@ -13,7 +13,7 @@ from ppl_vae import scoring
 from ppl_vae.evidence.blocks import blocks, looked_at, root_seed, start_from
 from ppl_vae.evidence.exact import Exact, as_draws, check_num_draws, joined, picked
 from ppl_vae.scoring import Pair, Program, Values
-from ppl_vae.scoring.configurations import configurations, discrete_sites
+from ppl_vae.scoring.configurations import check_alphabets, configurations, discrete_sites
 
 MOST_CONFIGURATIONS = 2**16
 # Configurations × data: how many are held at once, as two numbers each, and how many one run of a program scores.
@@ -67,7 +67,9 @@ def enumeration(model: Program, guide: Program, *args: Any, num_draws: int = 0, 
         count, _ = configurations(pair.layout, sites, 1, most=MOST_CONFIGURATIONS)
         parts, draws = [], []
         for block in blocks(pair, args, max(1, BLOCK_ROWS // count)):
-            _, tables = configurations(pair.layout, sites, len(block.args[0]), most=MOST_CONFIGURATIONS)
+            sites = _all_discrete(pair, block.args)
+            count, tables = configurations(pair.layout, sites, len(block.args[0]), most=MOST_CONFIGURATIONS)
+            check_alphabets(pair, block.args, sites, tables)
             log_joint, log_q = _scored(pair, block.args, tables, count)
             parts.append((log_joint.logsumexp(0), _elbo(log_joint, log_q)))
             if num_draws:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_vae.scoring import Pair, Values
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Exact:
     """log p(x) without sampling, per datum: what estimates are to be compared with. In nats, float64, `(N,)`.
 
@@ -57,6 +57,11 @@ class Exact:
     def summary(self) -> None:
         """Prints the means, and says in words when not to believe them."""
         print(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Exact({self.method}: {self.mean:.3f}, accepted for {int(self.accepted.sum())} of {len(self.log_px)} data)"
+        )
 
     def __str__(self) -> str:
         rows = [

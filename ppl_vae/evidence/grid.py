@@ -28,6 +28,8 @@ POINTS = {1: 512, 2: 64}
 GUIDE_POINTS = {1: 32, 2: 16}
 # q integrates to 1 within so much, or it was not resolved.
 SUM_TOLERANCE = 1e-4
+# How much of the mass may lie where numbers end, as where a probability is rounded to 1.
+UNFAITHFUL_MASS = 1e-5
 RUN_ROWS = 2**10
 
 
@@ -50,7 +52,8 @@ def grid_integration(
     e^−25 of its largest value, until log p(x) stays the same. The guide's density has a second grid, for its exact
     ELBO. Nothing of the pair is changed, and a datum's numbers depend on no other datum.
 
-    What it cannot see: a mode far from all draws of the guide and so narrow that no point of the first grid lies on
+    Densities that jump, as with a uniform likelihood, are summed with an error that `error` understates. What it
+    cannot see: a mode far from all draws of the guide and so narrow that no point of the first grid lies on
     its slope. Where that may be, compare with a larger `num_points`.
 
     Args:
@@ -96,7 +99,7 @@ def grid_integration(
         for block in blocks(pair, args, 1):
             target = _low_dimensional(pair, block)
             p, q = _lattices(target, tolerance, num_points, max_levels)
-            parts.append(_columns(p, q, tolerance))
+            parts.append(_columns(target, p, q, tolerance))
             if num_draws:
                 start_from(root, block.start)
                 draws.append(_draws(target, p, block.start, num_draws))
@@ -213,14 +216,24 @@ def _scored(u: Tensor, target: Target, log_densities: Callable[[Tensor], Tensor]
     return torch.cat(found, 1).cpu()
 
 
-def _columns(p: list[Lattice], q: list[Lattice], tolerance: float) -> tuple[Tensor, ...]:
+def _columns(target: Target, p: list[Lattice], q: list[Lattice], tolerance: float) -> tuple[Tensor, ...]:
     """log_px, error, elbo and accepted of each datum, `(batch,)`."""
     log_px = torch.tensor([lattice.log_integral() for lattice in p], dtype=torch.float64)
     # An integral of 0 has no relative error.
     error = torch.tensor([lattice.error() for lattice in p], dtype=torch.float64).nan_to_num(nan=inf, posinf=inf)
     elbo = [_elbo(lattice).item() if _resolves_guide(lattice, tolerance) else nan for lattice in q]
-    accepted = torch.tensor([lattice.is_resolved(tolerance) for lattice in p])
+    accepted = torch.tensor(
+        [lattice.is_resolved(tolerance) and _is_faithful(target, lattice, datum) for datum, lattice in enumerate(p)]
+    )
     return log_px, error, torch.tensor(elbo, dtype=torch.float64), accepted
+
+
+def _is_faithful(target: Target, lattice: Lattice, datum: int) -> bool:
+    """Whether almost all mass lies where latents can be told from each other: not, say, rounded to 1."""
+    u = torch.zeros(len(lattice.index), target.batch, target.dim, dtype=torch.float64)
+    u[:, datum] = lattice.low + lattice.spacing * lattice.index
+    faithful = target.coordinates.is_faithful(u.to(target.device, target.dtype))[:, datum].cpu()
+    return float(lattice.log_density.softmax(0)[~faithful].sum()) < UNFAITHFUL_MASS
 
 
 def _elbo(q: Lattice, stride: int = 1) -> Tensor:

@@ -16,7 +16,7 @@ from ppl_vae import scoring
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, looked_at, root_seed, start_from
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import COLUMNS, WeightStream
-from ppl_vae.proposals import Guide, Proposal
+from ppl_vae.proposals import Guide, Proposal, checked
 from ppl_vae.scoring import Pair, Program, Target, Values
 
 # Random numbers are drawn for a block of data and samples at a time. The blocks' sizes depend on nothing but
@@ -47,7 +47,8 @@ def importance_sampling(
 
     Nothing of the pair is changed: modules are put in evaluation mode and back, gradients are off, the global random
     state and Pyro's parameter store are restored. The draws of a datum depend on the seed and on its place among the
-    data, and on nothing else: not on the data beside it, nor on `max_rows`.
+    data, and on nothing else: not on the data beside it, nor on `max_rows`. (Where torch draws by rejection, as from a
+    Gamma, they depend on those data too.)
 
     Args:
         model: p(x, z), a Pyro program whose sites all lie in one plate over the data: a module, a bound method or a
@@ -59,8 +60,8 @@ def importance_sampling(
             `Local()`, or `Prior()`. All but the guide draw in unconstrained coordinates, with discrete latents
             summed out.
         seed: of the draws; None takes them from the global random state.
-        max_rows: how many (sample, datum) rows the model scores in one run; the fastest of a few is found by timing
-            when None.
+        max_rows: how many rows (samples × data × configurations of discrete latents that are summed out) the model
+            scores in one run; the fastest of a few is found by timing when None.
 
     Returns:
         An `Evidence`: per datum log_px, standard_error, ess, pareto_k, elbo and more, and their means over the data.
@@ -84,7 +85,7 @@ def importance_sampling(
         True
     """
     num_samples = at_least_one("num_samples", num_samples)
-    pace = _Pace(max_rows)
+    pace, proposal = _Pace(max_rows), checked(proposal)
     num_data = scoring.check_data(*args)
     root = root_seed(seed)
     # Made beforehand: small results kept between large temporaries would hold on to the memory of those.
@@ -116,7 +117,7 @@ def _block(
     for first in range(0, num_samples, at_once):
         start_from(root, block.start, first + 1)
         source.draw(first, last := min(first + at_once, num_samples))
-        for part in pace.parts(last - first, batch):
+        for part in pace.parts(last - first, batch * source.num_configurations):
             # The first run on each datum lets every distribution check its parameters and its data.
             with pyro.validation_enabled(first == 0 and part.start == 0):
                 log_w = source.log_weights(part)
@@ -133,6 +134,8 @@ def _block(
 
 class _Guided:
     """Draws of all latents from the guide, discrete ones among them, with the densities they were drawn with."""
+
+    num_configurations = 1
 
     def __init__(self, pair: Pair, block: Block) -> None:
         self.pair, self.args, self.wide = pair, block.args, block.wide()
@@ -158,6 +161,7 @@ class _Proposed:
 
     def __init__(self, pair: Pair, proposal: Proposal, block: Block, num_samples: int, root: int) -> None:
         self.target = Target(pair, *block.args, width=block.width)
+        self.num_configurations = self.target.num_configurations
         start_from(root, block.start, 0)
         self.density = proposal.fitted(self.target, num_samples)
 

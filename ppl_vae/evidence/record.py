@@ -10,7 +10,7 @@ from torch import Tensor
 from ppl_vae import pareto
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evidence:
     """Estimates of log p(x), per datum, with what is needed to judge them. All in nats, float64, `(N,)`.
 
@@ -76,13 +76,18 @@ class Evidence:
         """Prints the mean with its errors, and says in words when not to believe it."""
         print(self)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.method}: {self.mean:.3f} ± {self.mc_standard_error:.3f})"
+
     def __str__(self) -> str:
         rows = [
             ("log p(x)", f"{self.mean:.3f}", "nats per datum, mean over the data"),
             ("  ± other data", f"{self.mean_standard_error:.3f}", "standard error over data and samples"),
             ("  ± other samples", f"{self.mc_standard_error:.4f}", "standard error over samples, same data"),
             ("  bias", f"{self.mc_bias:.4f}", "for lack of samples, to first order"),
-            ("ELBO", f"{self.elbo.mean().item():.3f}", "nats per datum"),
+            ("  jackknife", f"{self.jackknife.mean().item():.3f}", "the bias taken away to first order; no bound"),
+            *self._smoothed(),
+            ("ELBO", f"{self.elbo.mean().item():.3f}", "of what was drawn from"),
             ("ESS, median", f"{self.ess.median().item():.1f}", f"of {self.num_samples} {self._draws}"),
             self._quality(),
         ]
@@ -108,6 +113,10 @@ class Evidence:
             )
         return found
 
+    def _smoothed(self) -> list[tuple[str, str, str]]:
+        """A row on the Pareto-smoothed value."""
+        return [("  Pareto-smoothed", f"{self.pareto_smoothed.mean().item():.3f}", "steadier where k < 0.7; no bound")]
+
     def _quality(self) -> tuple[str, str, str]:
         """A row on how far the weights can be believed."""
         limit = pareto.threshold(self.num_samples)
@@ -122,7 +131,8 @@ class Evidence:
                 f"{self.num_samples} samples are too few to judge the weights by: take 100 or more for a Pareto k, "
                 "1000 or more for a number to report."
             )
-        elif (bad := 1 - self.share_believable) > 0.05:
+        # Weights that are nearly equal may have any tail.
+        elif (bad := ((self.pareto_k >= limit) & (self.ess < 0.9 * self.num_samples)).double().mean().item()) > 0.05:
             found.append(
                 f"Pareto k is above {limit:.2f} for {100 * bad:.0f} % of the data: their log p(x) is too low by an "
                 "amount these samples cannot tell, and their standard errors are too small. What they were drawn from "

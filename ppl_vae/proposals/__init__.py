@@ -5,7 +5,7 @@ A `Proposal` makes, for each batch of data, a normalised `Density` over the unco
 whatever it is.
 """
 
-from ppl_vae.proposals.densities import Defensive, Density, Guide, Prior, Proposal, StudentT, Widened
+from ppl_vae.proposals.densities import Defensive, Density, Guide, Prior, Proposal, StudentT, Widened, checked
 from ppl_vae.proposals.families import CouplingFlow, DiagonalNormal, FullCovarianceNormal
 from ppl_vae.proposals.local import Local
 
@@ -21,4 +21,5 @@ __all__ = [
     "Proposal",
     "StudentT",
     "Widened",
+    "checked",
 ]

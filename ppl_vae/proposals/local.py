@@ -115,6 +115,11 @@ class Local(Proposal):
         num_steps: int = 1000,
         num_particles: int = 16,
     ) -> None:
+        if not isinstance(family, Family):
+            raise TypeError(
+                "family is one of pv.proposals.DiagonalNormal(), FullCovarianceNormal() and CouplingFlow(); got "
+                f"{family!r}."
+            )
         if num_steps < 2 or num_particles < 2 or num_particles % 2:
             raise ValueError(
                 "num_steps must be at least 2, and num_particles even and at least 2; got "

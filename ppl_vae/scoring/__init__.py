@@ -11,11 +11,12 @@ dimension for each of the pair's `nesting` levels of plates.
 
 from ppl_vae.scoring.data import check_data, rows, widened
 from ppl_vae.scoring.inspection import data_plates
-from ppl_vae.scoring.pair import Pair, log_weights
+from ppl_vae.scoring.pair import PROBE_DATA, Pair, log_weights
 from ppl_vae.scoring.running import Program, Values, loop, particles, scored_sites, tiles
 from ppl_vae.scoring.target import Target
 
 __all__ = [
+    "PROBE_DATA",
     "Pair",
     "Program",
     "Target",

@@ -6,9 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from ppl_vae.scoring.layout import Layout
-from ppl_vae.scoring.running import Sites, Values
+from ppl_vae.scoring.pair import Pair
+from ppl_vae.scoring.running import Sites, Values, run, scored_sites
+from ppl_vae.scoring.supports import elementwise, support_of
+
+# Of the configurations, at how many the values that sites can have are compared with those listed.
+MOST_CHECKS = 16
+_INTERVAL = type(constraints.integer_interval(0, 1))
 
 
 def discrete_sites(sites: Sites) -> list[str]:
@@ -55,6 +62,35 @@ def configurations(layout: Layout, sites: Sites, num_data: int, *, most: int) ->
     return count, values
 
 
+def check_alphabets(pair: Pair, args: tuple[Any, ...], sites: Sites, values: Values) -> None:
+    """Refuses a site that can have other values than those listed when other latents have other values.
+
+    Args:
+        pair: that the sites are of.
+        args: the data.
+        sites: the discrete ones, as they were listed.
+        values: their configurations.
+
+    Raises:
+        ValueError: with the site's name.
+    """
+    counted = [name for name in sites if isinstance(elementwise(support_of(sites[name]["fn"])), _INTERVAL)]
+    if not counted or len(pair.latents) < 2:
+        return
+    count = len(values[counted[0]])
+    for k in sorted({round(j * (count - 1) / (MOST_CHECKS - 1)) for j in range(MOST_CHECKS)}):
+        given = {name: pair.layout.natural(name, value[k : k + 1])[0] for name, value in values.items()}
+        trace = scored_sites(run(pair.model, args, given))
+        for name in counted:
+            listed, _, _ = _values_of_one_datum(pair.layout, name, sites[name])
+            found, _, _ = _values_of_one_datum(pair.layout, name, trace[name])
+            if not torch.equal(listed, found):
+                raise ValueError(
+                    f"The values that the latent '{name}' can have depend on another latent, so that they cannot be "
+                    "listed beforehand. Use importance_sampling, which draws it from the guide."
+                )
+
+
 def _values_of_one_datum(layout: Layout, name: str, site: Any) -> tuple[Tensor, int, tuple[int, ...]]:
     """The values one place can take, how many places a datum has, and their shape: plates, then event."""
     base = site["fn"]
@@ -66,8 +102,9 @@ def _values_of_one_datum(layout: Layout, name: str, site: Any) -> tuple[Tensor, 
         support = base.enumerate_support(expand=False)
     except NotImplementedError as error:
         raise ValueError(
-            f"The latent '{name}' is discrete and its values cannot be listed ({type(base).__name__}), so it can be "
-            "neither summed over nor moved along a gradient. Use importance_sampling, which draws it from the guide."
+            f"The latent '{name}' is discrete and its values cannot be listed ({type(base).__name__}), or not for all "
+            "data alike, so it can be neither summed over nor moved along a gradient. Use importance_sampling, which "
+            "draws it from the guide."
         ) from error
     alphabet = support.reshape(len(support), *base.event_shape)
     value = layout.canonical(name, site["value"].unsqueeze(0))

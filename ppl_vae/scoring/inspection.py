@@ -9,7 +9,8 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 
-from ppl_vae.scoring.running import Sites, without_validation
+from ppl_vae.scoring.running import Sites
+from ppl_vae.scoring.supports import without_validation
 
 
 def matching_latents(model: Sites, guide: Sites) -> list[str]:
@@ -44,10 +45,10 @@ def matching_latents(model: Sites, guide: Sites) -> list[str]:
             raise ValueError(
                 f"The prior of '{name}' is improper: it has no p(x). Give it a density that integrates to 1."
             )
-        if _is_masked(model[name]) != _is_masked(guide[name]):
+        if not _same_mask(model[name], guide[name]):
             raise ValueError(
-                f"'{name}' is masked in one of the two programs only, so that its prior or its posterior is missing "
-                "from the weight. Mask it in both or in neither."
+                f"'{name}' is masked differently in the two programs, so that its prior or its posterior is missing "
+                "from the weight. Mask it alike in both or in neither."
             )
     for name in drawn:
         transformed = name.removesuffix("_unconstrained")
@@ -135,8 +136,20 @@ def is_delta(site: Any) -> bool:
     return any(isinstance(fn, dist.Delta) for fn in _layers(site))
 
 
-def _is_masked(site: Any) -> bool:
-    return site["mask"] not in (None, True) or any(isinstance(fn, dist.MaskedDistribution) for fn in _layers(site))
+def mask_of(site: Any) -> torch.Tensor:
+    """Which elements of a site count, by `poutine.mask`, `.mask()` or both; True for all."""
+    masks = [site["mask"], *(layer._mask for layer in _layers(site) if isinstance(layer, dist.MaskedDistribution))]
+    return torch.stack(torch.broadcast_tensors(*(torch.as_tensor(True if m is None else m) for m in masks))).all(0)
+
+
+def _same_mask(site: Any, other: Any) -> bool:
+    one, two = mask_of(site), mask_of(other)
+    if one.all() and two.all():
+        return True
+    try:
+        return torch.equal(*torch.broadcast_tensors(one, two))
+    except RuntimeError:  # of shapes that do not go together
+        return False
 
 
 def _layers(site: Any) -> Iterator[Any]:

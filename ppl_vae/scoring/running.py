@@ -11,10 +11,10 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import constraints
 
 from ppl_vae.scoring.data import is_per_datum
 from ppl_vae.scoring.layout import Layout
+from ppl_vae.scoring.supports import log_prob_anywhere
 
 Program = Callable[..., Any]
 Values = dict[str, Tensor]
@@ -121,25 +121,3 @@ def log_probs(trace: poutine.Trace, given: Values) -> Iterable[Tensor]:
         else:
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         yield scale_and_mask(log_prob, mask=site["mask"])
-
-
-def log_prob_anywhere(fn: Any, value: Tensor) -> Tensor:
-    """The log-probability of any value: −∞ outside the support, where torch may give a number that means nothing.
-
-    Latents that are given may lie there: their weight is 0, which is no mistake.
-    """
-    without_validation(fn)
-    log_prob = fn.log_prob(value)
-    support = inner = fn.support
-    while isinstance(inner, constraints.independent):
-        inner = inner.base_constraint
-    if inner is constraints.real or constraints.is_dependent(inner):
-        return log_prob
-    return torch.where(support.check(value), log_prob, -torch.inf)
-
-
-def without_validation(fn: Any) -> None:
-    """Lets a distribution answer for any value."""
-    while fn is not None:
-        fn._validate_args = False
-        fn = getattr(fn, "base_dist", None)

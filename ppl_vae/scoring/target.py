@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppl_vae.scoring.configurations import configurations, discrete_sites
+from ppl_vae.scoring.configurations import check_alphabets, configurations, discrete_sites
 from ppl_vae.scoring.coordinates import Coordinates
 from ppl_vae.scoring.data import widened
+from ppl_vae.scoring.inspection import mask_of
 from ppl_vae.scoring.pair import Pair
 from ppl_vae.scoring.running import Values
 
@@ -44,6 +46,12 @@ class Target:
         self._wide = widened(args, width or self.batch) if pair.splits else args
         self.width = len(self._wide[0])
         sites, again = ({n: pair.sites(args)[0][n] for n in pair.latents} for _ in range(2))
+        for name, site in sites.items():
+            if not mask_of(site).all():
+                raise ValueError(
+                    f"The latent '{name}' is masked, so that over a part of its values it has no density to move along "
+                    "or to stretch. Use importance_sampling from the guide, where what is masked in both cancels."
+                )
         discrete = discrete_sites(sites)
         continuous = {name: site for name, site in sites.items() if name not in discrete}
         if not continuous:
@@ -54,29 +62,37 @@ class Target:
         self.num_configurations, self._configurations = configurations(
             pair.layout, {name: sites[name] for name in discrete}, self.batch, most=MOST_CONFIGURATIONS
         )
-        self.coordinates = Coordinates(pair.layout, continuous)
+        check_alphabets(pair, args, {name: sites[name] for name in discrete}, self._configurations)
+        auxiliary = [name for name in pair.drawn if name not in pair.latents]
+        self.coordinates = Coordinates(pair.layout, continuous, auxiliary)
         self.dim = self.coordinates.dim
         self._refuse_moving_supports(Coordinates(pair.layout, {n: again[n] for n in continuous}))
         self._encoded = pair.encode(*args)
         self._wide_encoded = self._encoded if self._wide is args else pair.encode(*self._wide)
-        first = next(iter(continuous.values()))["value"]
-        self.dtype, self.device = first.dtype, first.device
+        values = [site["value"] for site in continuous.values()]
+        self.dtype, self.device = reduce(torch.promote_types, [v.dtype for v in values]), values[0].device
 
     def draw_guide(self, num_samples: int) -> Tensor:
         """u from the guide, `(num_samples, batch, dim)`."""
         z, _ = self.pair.draw(self._wide_encoded, *self._wide, num_samples=num_samples)
-        return self.coordinates.flatten(z)[:, : self.batch]
+        return self._flat(z)
 
     def draw_prior(self, num_samples: int) -> Tensor:
         """u from the prior, `(num_samples, batch, dim)`."""
-        return self.coordinates.flatten(self.pair.draw_prior(*self._wide, num_samples=num_samples))[:, : self.batch]
+        return self._flat(self.pair.draw_prior(*self._wide, num_samples=num_samples))
+
+    def _flat(self, z: Values, start: int = 0) -> Tensor:
+        """u of this batch, which begins at datum `start` of what was drawn."""
+        axis = self.coordinates.axis
+        return self.coordinates.flatten(
+            {s.name: z[s.name].narrow(axis, start, self.batch) for s in self.coordinates.sites}
+        )
 
     def from_trace(self, values: Values, start: int) -> Tensor:
         """u of the latents as one run of the model on all data has them, from datum `start`, `(1, batch, dim)`."""
         layout = self.pair.layout
         canonical = {s.name: layout.canonical(s.name, values[s.name].unsqueeze(0)) for s in self.coordinates.sites}
-        axis = self.coordinates.axis
-        return self.coordinates.flatten({n: v.narrow(axis, start, self.batch) for n, v in canonical.items()})
+        return self._flat(canonical, start)
 
     def normal(self, num_samples: int) -> Tensor:
         """Standard normal numbers in the shape of u."""
@@ -124,7 +140,7 @@ class Target:
     def _refuse_moving_supports(self, other: Coordinates) -> None:
         probe = torch.full((1, self.batch, self.dim), 0.37, dtype=torch.float64)
         one, two = self.coordinates.restore(probe)[0], other.restore(probe)[0]
-        for name in one:
+        for name in (site.name for site in self.coordinates.sites):
             if not torch.equal(one[name].double().cpu(), two[name].double().cpu()):
                 raise ValueError(
                     f"The support of '{name}' changes from draw to draw, as when it depends on another latent, so it "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import ppl_vae as pv
 from ppl_vae.evidence.annealing import Work
-from ppl_vae.evidence.blocks import blocks, looked_at
+from ppl_vae.evidence.blocks import looked_at
 
 CHAINS, DATA, TEMPERATURES, LEAPFROG = 16, 64, 10, 5
 
@@ -79,7 +79,7 @@ def main() -> None:
     gradients = 1 + (TEMPERATURES - 1) * LEAPFROG
     rows = CHAINS * DATA
     with looked_at(vae.model, vae.guide, x) as pair, torch.no_grad():
-        (block,) = blocks(pair, (x,), work.block_size)
+        (block,) = work.blocks(pair, (x,))
         path, schedule = work.prepared(pair, block, root=0)
         q = vae.encode(x).base_dist
 

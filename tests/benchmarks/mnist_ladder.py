@@ -68,8 +68,8 @@ def ladder(vae: pv.VAE, x: Tensor, temperatures: int, seed: int, picture: Path |
     found.summary()
     assert found.modes is not None
     found.modes.summary()
-    rungs["annealed"] = found.lower.mean().item(), found.lower_error.square().sum().sqrt().item() / len(x)
-    rungs["upper"] = found.upper.mean().item(), found.upper_error.square().sum().sqrt().item() / len(x)
+    rungs["annealed"] = found.mean["lower"], found.mc_standard_error["lower"]
+    rungs["upper"] = found.mean["upper"], found.mc_standard_error["upper"]
     pv.sandwich(vae.model, vae.guide, num_data=len(x), num_temperatures=temperatures, seed=seed).summary()
     for name, (value, error) in rungs.items():
         print(f"{name:<12}{value:>10.3f} ± {error:.3f}")
