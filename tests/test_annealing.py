@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from math import log, sqrt
+from math import inf, log, nan, sqrt
 from typing import Any
 
 import pairs
@@ -19,7 +20,8 @@ import ppl_vae as pv
 from ppl_vae import coin
 from ppl_vae.evidence import annealed_importance_sampling, annealing, importance_sampling
 from ppl_vae.evidence.annealing import Path, Schedule, State, Work
-from ppl_vae.evidence.blocks import blocks, looked_at
+from ppl_vae.evidence.blocks import Block, blocks, looked_at
+from ppl_vae.evidence.stream import COLUMNS
 from ppl_vae.proposals import Defensive, Guide, Prior, Proposal, StudentT, Widened
 from ppl_vae.scoring.coordinates import Coordinates
 
@@ -176,6 +178,53 @@ def results_do_not_depend_on_companions() -> None:
     torch.testing.assert_close(anneal(x[:13]).log_px, whole.log_px[:13], rtol=0, atol=1e-9)
 
 
+def the_schedule_keeps_weights_more_even_than_equal_spacing_does() -> None:
+    """From the prior to a sharp posterior, with the same step sizes at each temperature."""
+    lg = pairs.linear_gaussian(noise=0.2)
+    x = pairs.simulated(lg, num_data=101)
+    with prepared(lg.model, lg.guide, x, temperatures=23, proposal=Prior()) as (path, schedule):
+        number = torch.linspace(0, 1, 24).double().unsqueeze(1).expand(-1, len(x))
+        step_sizes = torch.stack(
+            [schedule.step_sizes.gather(0, (schedule.temperatures < n).sum(0)[None])[0] for n in number]
+        )
+        ess = []
+        for frozen in (schedule, schedule._replace(temperatures=number.contiguous(), step_sizes=step_sizes)):
+            torch.manual_seed(2)
+            log_w, _, _ = path.forward(frozen, 31)
+            ess.append((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().mean())
+    assert ess[0] > 1.5 * ess[1]
+
+
+def the_elbo_is_that_of_the_proposal() -> None:
+    """However many temperatures bring log p(x) closer."""
+    lg = pairs.linear_gaussian()
+    x, guide = pairs.simulated(lg, num_data=199), lg.perturbed_guide()
+    found = annealed_importance_sampling(lg.model, guide, x, num_chains=CHAINS, num_temperatures=20, num_leapfrog=2)
+    difference = found.elbo - guide.elbo(x)
+    assert abs(difference.mean()) < 4.5 * difference.std() / sqrt(len(x)) < 0.3
+    assert (found.log_px - guide.elbo(x)).mean() > 0.5  # there is a difference to be seen
+
+
+def a_chain_that_has_run_away_stays_where_it_was() -> None:
+    """And the model is never run where it has gone."""
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pairs.prior(lg))
+            assert z.isfinite().all(), "the model was run at infinity"
+            pyro.sample("x", pairs.conditional(lg, z).to_event(1), obs=x)
+
+    with prepared(model, lg.perturbed_guide(), x) as (path, schedule):
+        torch.manual_seed(3)
+        log_w, first, accepted = path.forward(
+            schedule._replace(step_sizes=torch.full_like(schedule.step_sizes, 1e200)), CHAINS
+        )
+    assert (accepted == 0).all()
+    torch.testing.assert_close(log_w, first, rtol=0, atol=1e-9)
+
+
 STATEMENTS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -187,6 +236,9 @@ STATEMENTS: dict[str, Callable[[], None]] = {
         the_schedule_is_frozen,
         one_temperature_is_importance_sampling,
         results_do_not_depend_on_companions,
+        the_schedule_keeps_weights_more_even_than_equal_spacing_does,
+        the_elbo_is_that_of_the_proposal,
+        a_chain_that_has_run_away_stays_where_it_was,
     )
 }
 
@@ -275,6 +327,37 @@ def no_jacobian(restore: Any) -> Any:
     return lambda self, u: ((found := restore(self, u))[0], torch.zeros_like(found[1]))
 
 
+def jacobian_of_wrong_sign(restore: Any) -> Any:
+    return lambda self, u: ((found := restore(self, u))[0], -found[1])
+
+
+def equally_spaced(pilot: Any) -> Any:
+    def wrong(self: Path, num_steps: int) -> Schedule:
+        schedule = pilot(self, num_steps)
+        even = torch.linspace(0, 1, num_steps + 1).double().unsqueeze(1)
+        return schedule._replace(temperatures=even.expand_as(schedule.temperatures).contiguous())
+
+    return wrong
+
+
+def runs_the_model_anywhere(
+    self: Path, state: State, momentum: Tensor, beta: Tensor, step: Tensor
+) -> tuple[State, Tensor]:
+    def force(s: State) -> Tensor:
+        return self.scale * ((1 - beta) * s.slope_start + beta * s.slope_end)
+
+    new = state
+    for _ in range(self.num_leapfrog):
+        momentum = momentum + 0.5 * step * force(new)
+        new = self.at(new.u + step * self.scale * momentum)
+        momentum = momentum + 0.5 * step * force(new)
+    return new, momentum
+
+
+def elbo_of_the_chains(columns: Any) -> Any:
+    return lambda self, log_w, first, block: columns(self, log_w, log_w, block)
+
+
 def whole_batch_steps(move: Any) -> Any:
     """One step size for all data, from their mean."""
     return lambda self, s, t, e: move(self, s, t, e.mean().expand_as(e))
@@ -294,6 +377,10 @@ MUTANTS: list[tuple[type, str, Any, str]] = [
     (Path, "move", accepts_without_kinetic_energy, "weights_average_to_px_with_bad_steps"),
     (Path, "move", whole_batch_steps, "results_do_not_depend_on_companions"),
     (Coordinates, "restore", no_jacobian, "a_coin_in_logit_coordinates"),
+    (Coordinates, "restore", jacobian_of_wrong_sign, "a_coin_in_logit_coordinates"),
+    (Path, "pilot", equally_spaced, "the_schedule_keeps_weights_more_even_than_equal_spacing_does"),
+    (Path, "leapfrog", lambda _: runs_the_model_anywhere, "a_chain_that_has_run_away_stays_where_it_was"),
+    (Work, "columns", elbo_of_the_chains, "the_elbo_is_that_of_the_proposal"),
 ]
 
 
@@ -338,7 +425,7 @@ def test_as_many_dimensions_as_data() -> None:
 def test_from_every_proposal(proposal: Proposal) -> None:
     """A guide so wrong that importance sampling loses many nats."""
     lg = pairs.linear_gaussian()
-    x = pairs.simulated(lg, num_data=101)
+    x = pairs.simulated(lg, num_data=61)  # one block
     wrong = lg.perturbed_guide(shift=1.5, spread=0.6)
     found = annealed_importance_sampling(lg.model, wrong, x, num_temperatures=150, proposal=proposal)
     error = found.log_px - lg.log_px(x)
@@ -353,7 +440,7 @@ def test_from_every_proposal(proposal: Proposal) -> None:
 
 def test_bounds_rise_with_temperatures() -> None:
     lg = pairs.linear_gaussian()
-    x, wrong = pairs.simulated(lg, num_data=211), lg.perturbed_guide(shift=2.0, spread=0.5)
+    x, wrong = pairs.simulated(lg, num_data=199), lg.perturbed_guide(shift=2.0, spread=0.5)
     means = [
         annealed_importance_sampling(lg.model, wrong, x, num_chains=CHAINS, num_temperatures=t).mean
         for t in (1, 3, 10, 100)
@@ -387,10 +474,10 @@ def test_discrete_latents_are_summed_out() -> None:
             pyro.sample("c", dist.Categorical(torch.ones(3).double() / 3))
             pyro.sample("z", dist.Normal(x, 1.5))
 
-    x = torch.linspace(-5, 6, 41).double()
+    x = torch.linspace(-5, 6, 11).double()
     exact = (weights.log() + dist.Normal(locs, sqrt(1.25)).log_prob(x[:, None])).logsumexp(1)
     for proposal in (Guide(), Prior()):
-        found = annealed_importance_sampling(model, guide, x, num_chains=64, num_temperatures=50, proposal=proposal)
+        found = annealed_importance_sampling(model, guide, x, num_chains=31, num_temperatures=100, proposal=proposal)
         assert ((found.log_px - exact).abs() < 4.5 * found.standard_error).all()
         assert found.standard_error.max() < 0.3
 
@@ -534,6 +621,45 @@ def test_refusals() -> None:
         annealed_importance_sampling(vae.model, vae.guide, x.float())
 
 
+@pytest.mark.parametrize("weight", [nan, inf])
+def test_weights_that_are_not_finite_are_refused(weight: float) -> None:
+    log_w = torch.zeros(CHAINS, 3).double()
+    log_w[2, 1] = weight
+    block = Block(13, (torch.zeros(3),), 3)
+    with pytest.raises(ValueError, match=r"A weight of datum 14 is NaN or \+∞: .* Call importance_sampling"):
+        Work(CHAINS, 1, 1, Guide()).columns(log_w, log_w, block)
+    log_w[2, 1] = -inf  # is a weight of 0
+    found = dict(zip(COLUMNS, Work(CHAINS, 1, 1, Guide()).columns(log_w, log_w, block), strict=True))
+    assert found["log_px"].tolist() == pytest.approx([0, log((CHAINS - 1) / CHAINS), 0])
+
+
+def test_a_chain_where_the_model_is_nan_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Normal(torch.where(z > 1.5, nan, z), 1.0, validate_args=False), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0 * x, 1.0))
+
+    with pytest.raises(ValueError, match=r"A weight of datum \d+ is NaN or \+∞: the model or the guide has no finite"):
+        annealed_importance_sampling(model, guide, torch.zeros(31).double(), num_temperatures=3, num_leapfrog=1)
+
+
+def test_chains_that_lag_behind_are_spoken_of() -> None:
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg, num_data=23)
+    found = annealed_importance_sampling(lg.model, lg.guide, x, num_temperatures=2, num_leapfrog=1)
+    for acceptance, stuck in ((0.41, 0), (0.39, 100)):
+        text = str(replace(found, acceptance=torch.full_like(found.acceptance, acceptance)))
+        assert (f"Less than 40 % of the moves were accepted for {stuck} % of the data" in text) == (stuck > 0)
+    one, two = torch.full((2, 23), 0.8).double()  # one datum in 23 is less than 5 %, two are more
+    one[:1], two[:2] = 0.1, 0.1
+    assert not replace(found, acceptance=one).warnings()
+    assert "for 9 % of the data, so that their chains lag behind" in str(replace(found, acceptance=two))
+
+
 def test_summary_says_when_not_to_believe_it(capsys: pytest.CaptureFixture[str]) -> None:
     lg = pairs.linear_gaussian()
     x = pairs.simulated(lg, num_data=31)
@@ -542,6 +668,8 @@ def test_summary_says_when_not_to_believe_it(capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     assert "Annealed importance sampling from the guide, 100 temperatures: 31 data, 16 chains each" in printed
     assert "moves accepted" in printed
+    assert "Pareto" not in printed  # of 16 weights no tail can be told
+    assert f"{good.jackknife.mean().item():.3f}" in next(line for line in printed.splitlines() if "jackknife" in line)
     assert "!" not in printed
     bad = str(annealed_importance_sampling(lg.model, lg.guide, 30 * x, num_temperatures=3, proposal=Prior()))
     assert "3 temperatures are too few for 100 % of the data" in bad

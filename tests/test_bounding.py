@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from math import log, sqrt
+from math import inf, log, sqrt
 from typing import Any
 
 import pairs
@@ -16,7 +17,9 @@ from torch import Tensor
 
 import ppl_vae as pv
 from ppl_vae.evidence import (
+    AnnealedEvidence,
     Evidence,
+    ModeCheck,
     annealed_importance_sampling,
     bounding,
     bounds,
@@ -25,6 +28,7 @@ from ppl_vae.evidence import (
     sandwich,
 )
 from ppl_vae.evidence.annealing import Path, Schedule
+from ppl_vae.evidence.simulation import simulate
 
 FEW = {"num_chains": 5, "num_temperatures": 4, "num_leapfrog": 2}
 
@@ -62,7 +66,7 @@ def more_temperatures_close_the_sandwich() -> None:
     guide = lg.perturbed_guide(shift=1.0, spread=0.8)
     gaps = []
     for temperatures in (1, 5, 80):
-        found = sandwich(lg.model, guide, num_data=307, num_chains=5, num_temperatures=temperatures)
+        found = sandwich(lg.model, guide, num_data=199, num_chains=5, num_temperatures=temperatures)
         exact = lg.log_px(found.args[0])
         assert found.reverse is not None
         gaps.append(((exact - found.lower).mean(), (found.upper - exact).mean(), (found.reverse - exact).mean()))
@@ -157,6 +161,78 @@ def test_a_pilot_used_twice_is_caught() -> None:
     assert torch.equal(found.upper, found.lower)
 
 
+def seeds_of(run: Callable[[], object]) -> list[int]:
+    """What torch's random numbers were started from in a run, but for the fixed seeds that isolate it."""
+    with pytest.MonkeyPatch.context() as patch:
+        seeds: list[int] = []
+        right = torch.manual_seed
+        patch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), right(seed))[1])
+        run()
+    return [seed for seed in seeds if seed > 2**32]
+
+
+def test_forward_and_reverse_chains_have_random_numbers_of_their_own() -> None:
+    lg = pairs.linear_gaussian()
+    data, *seeds = seeds_of(lambda: sandwich(lg.model, lg.perturbed_guide(), num_data=211, **FEW))
+    assert len(seeds) == 2 * 4  # of each of two blocks the proposal, the pilot, the chains and those back
+    assert len(set(seeds)) == len(seeds)
+    assert data not in seeds[2:]
+
+
+def test_simulated_data_and_chains_have_random_numbers_of_their_own() -> None:
+    """Temperatures that depend on the draw they are used from would spoil the bound."""
+    lg = pairs.linear_gaussian()
+    data, *seeds = seeds_of(lambda: sandwich(lg.model, lg.perturbed_guide(), num_data=13, **FEW))
+    assert data not in seeds
+
+
+def test_no_two_runs_share_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither within one call nor in calls with neighbouring seeds."""
+    monkeypatch.setattr(bounding, "mode_check", partial(mode_check, num_chains=3, num_temperatures=4, num_leapfrog=1))
+    lg = pairs.linear_gaussian()
+    x, guide = pairs.simulated(lg), lg.perturbed_guide()
+    both = [partial(importance_sampling, num_samples=7), partial(annealed_importance_sampling, **FEW)]
+    seen = [
+        seeds_of(lambda seed=seed: bounds(lg.model, guide, x, estimators=both, num_mode_checks=3, seed=seed))
+        for seed in range(5)
+    ]
+    for one in seen:
+        assert len(one) > 9
+        assert len(set(one)) == len(one)
+    assert len(set().union(*seen)) == sum(map(len, seen))
+
+
+def test_the_error_of_the_tangent_is_honest() -> None:
+    """U = log c + p̂ / c − 1 spreads with p̂ / c, here twice the relative error of p̂: c is half of p(x)."""
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg, num_data=1).expand(503, -1)
+    runs: list[Evidence] = []
+
+    def estimate(*args: Any, seed: int) -> Evidence:
+        found = importance_sampling(*args, num_samples=211, seed=seed)
+        runs.append(found if runs else replace(found, log_px=lg.log_px(x) - log(2)))
+        return runs[-1]
+
+    found = bounds(lg.model, lg.perturbed_guide(spread=1.4), x, estimators=[estimate], num_mode_checks=0)
+    assert len(runs) == 2
+    torch.testing.assert_close(found.upper, runs[0].log_px + (runs[1].log_px - runs[0].log_px).exp() - 1)
+    assert 0.9 < found.upper.std() / found.standard_error["upper"].mean() < 1.15
+    assert 0.9 < found.lower.std() / found.standard_error["lower"].mean() < 1.15
+
+
+def test_the_lower_bound_on_simulated_data_is_annealing_on_them() -> None:
+    """Number by number, with its error; the bounds from above have one reverse chain, and no error."""
+    lg = pairs.linear_gaussian()
+    guide = lg.perturbed_guide()
+    found = sandwich(lg.model, guide, num_data=13, seed=3, **FEW)
+    annealed = annealed_importance_sampling(lg.model, guide, *found.args, seed=3, **FEW)
+    assert torch.equal(found.lower, annealed.log_px)
+    assert torch.equal(found.standard_error["lower"], annealed.standard_error)
+    assert 0 < found.mc_standard_error["lower"] < 1
+    assert found.standard_error["upper"].isnan().all()
+    assert found.standard_error["reverse"].isnan().all()
+
+
 def test_real_data_cannot_pass_for_simulated() -> None:
     """Values given to `sandwich` are shapes to it: only what it draws itself is scored."""
     lg = pairs.linear_gaussian()
@@ -191,6 +267,48 @@ def test_an_estimated_cubo_is_no_upper_bound() -> None:
     found = bounds(lg.model, guide, x[:5], estimators=[importance_sampling], num_mode_checks=0)
     assert found.kind["upper"] is bounding.TANGENT
     assert not found.kind["upper"].in_probability
+
+
+def test_an_eubo_of_self_normalised_weights_is_no_upper_bound() -> None:
+    """Why none is offered: Σ w̃ log w lies below log p(x) + KL(posterior, q), and of two draws below log p(x)."""
+    lg = pairs.linear_gaussian(latent_dim=1, data_dim=2)
+    x = pairs.simulated(lg, num_data=1).expand(2003, -1)
+    guide = lg.perturbed_guide(shift=1.5, spread=0.8)
+    q, posterior = guide.q(x[:1]).base_dist, lg.posterior(x[:1])
+    right = dist.Normal(posterior.mean, posterior.variance.sqrt())
+    exact_eubo = lg.log_px(x[:1]) + torch.distributions.kl_divergence(right, dist.Normal(q.loc, q.scale)).sum(-1)
+    with torch.no_grad():
+        z = guide.q(x).sample((20,))
+        lw = lg.posterior(x).log_prob(z) + lg.log_px(x) - guide.q(x).log_prob(z)
+        exact = right.sample((20, len(x))).squeeze(-2)
+        log_w = right.log_prob(exact).sum(-1) + lg.log_px(x) - guide.q(x).log_prob(exact)
+    assert abs(log_w.mean() - exact_eubo) < 4.5 * log_w.std() / sqrt(log_w.numel())  # the closed form
+    for num_samples, limit in ((20, exact_eubo), (2, lg.log_px(x[:1]))):
+        some = lw[:num_samples]
+        plug_in = (some.softmax(0) * some).sum(0)
+        assert plug_in.mean() < limit - 4.5 * plug_in.std() / sqrt(len(x))
+
+
+def test_each_name_is_tied_to_its_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """METHODS §2.5: on real data an upper bound is the tangent or none."""
+    monkeypatch.setattr(bounding, "mode_check", partial(mode_check, num_chains=3, num_temperatures=4, num_leapfrog=1))
+    lg = pairs.linear_gaussian()
+    x, guide = pairs.simulated(lg, num_data=5), lg.perturbed_guide()
+    real = {"lower": bounding.MEAN_WEIGHT, "upper": bounding.TANGENT}
+    for estimator in (importance_sampling, partial(annealed_importance_sampling, **FEW)):
+        for num_mode_checks in (0, 2):
+            found = bounds(lg.model, guide, x, estimators=[estimator], num_mode_checks=num_mode_checks)
+            assert found.kind == real
+            assert found.reverse is None
+            assert found.standard_error.keys() == found.mean.keys() == found.mean_standard_error.keys() == real.keys()
+    found = sandwich(lg.model, guide, num_data=5, **FEW)
+    assert found.kind == {
+        "lower": bounding.MEAN_WEIGHT,
+        "upper": bounding.MULTI_SAMPLE,
+        "reverse": bounding.REVERSE,
+    }
+    assert found.standard_error.keys() == found.kind.keys()
+    assert [line.split()[0] for line in str(found).splitlines()[2:6]] == ["upper", "reverse", "lower", "width"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -229,6 +347,72 @@ def test_sandwich_keeps_the_inputs_beside_the_data() -> None:
     assert (found.upper - exact).abs().max() < 0.5
 
 
+def given_first(y: Tensor, x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(y, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def given_first_guide(y: Tensor, x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.8 * x + 0.2 * y, 0.7))
+
+
+def given_first_as_a_copy(y: Tensor, x: Tensor) -> None:
+    given_first(y, x.clone())
+
+
+def test_what_the_model_observes_is_simulated_wherever_it_stands() -> None:
+    y, zeros = torch.linspace(-9, 9, 31).double(), torch.zeros(31).double()
+    for given, placeholder in ((y, zeros), (zeros, zeros.clone())):  # equal, but the model holds one of the two
+        found = sandwich(given_first, given_first_guide, given, placeholder, num_data=31, **FEW)
+        assert torch.equal(found.args[0], given)
+        assert 0 < (found.args[1] - given).abs().max() < 5
+        assert abs((found.lower - dist.Normal(given, sqrt(1.25)).log_prob(found.args[1])).mean()) < 0.1
+    (kept, drawn), _ = simulate(given_first_as_a_copy, (y, zeros), 31)  # told by its values
+    assert torch.equal(kept, y)
+    assert drawn.unique().numel() == 31
+    with pytest.raises(ValueError, match=r"observes at 'x' equals 2 of its arguments.* Give the others other values"):
+        simulate(given_first_as_a_copy, (zeros, zeros.clone()), 31)
+
+
+def test_an_autoguide_has_bounds_without_a_mode_check() -> None:
+    """Which wants some of the data, and such a guide has all or none."""
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg)
+    model, guide = pairs.auto_normal(lg, lg.perturbed_guide(), x)
+    found = bounds(model, guide, x, estimators=[importance_sampling])
+    assert len(x) > 8
+    assert found.modes is None
+    assert "An autoguide can be scored only on the data it was trained on" in found.unchecked
+    assert f"It could not be made here: {found.unchecked}" in str(found)
+    assert (found.lower - lg.log_px(x)).abs().max() < 0.3
+    assert (found.upper - lg.log_px(x)).abs().max() < 0.3
+    not_asked = bounds(model, guide, x, estimators=[importance_sampling], num_mode_checks=0)
+    assert not_asked.unchecked == ""
+    assert "could not be made" not in str(not_asked)
+    assert torch.equal(not_asked.upper, found.upper)
+
+
+def test_a_datum_of_probability_0() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Uniform(z - 99, z + 99, validate_args=False), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+
+    x = torch.tensor([0.0, 1e9, 1.0]).double()
+    found = bounds(model, guide, x, estimators=[importance_sampling], num_mode_checks=0)
+    assert found.lower.tolist() == pytest.approx([-log(198), -inf, -log(198)])
+    assert found.upper.tolist() == pytest.approx([-log(198), inf, -log(198)])
+    assert found.standard_error["upper"].isnan().tolist() == [False, True, False]
+    assert "1 data got probability 0 in a run, so that the means are not finite" in str(found)
+    assert "runs disagree by more" not in str(found)
+
+
 def test_sandwich_of_a_vae() -> None:
     vae = pv.VAE((3, 2), 2, decoder=pv.networks.MLP(2, (3, 2), hidden_dims=(5,)))
     found = sandwich(vae.model, vae.guide, num_data=11)
@@ -258,8 +442,9 @@ def two_sided(x: Tensor) -> None:
         pyro.sample("z", both)
 
 
-def test_a_mode_that_the_guide_misses_is_found_from_the_prior() -> None:
+def test_a_mode_that_the_guide_misses_is_found_from_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the mass is missing, and guide-based numbers agree on the wrong value: only the prior's chains tell."""
+    monkeypatch.setattr(bounding, "mode_check", partial(mode_check, num_temperatures=300))
     x = torch.linspace(1.0, 1.6, 11).double()
     exact = log(2) + dist.Normal(0.0, sqrt(1.01)).log_prob(x)
     found = bounds(
@@ -276,8 +461,61 @@ def test_a_mode_that_the_guide_misses_is_found_from_the_prior() -> None:
     assert list(right.index) == [0, 2, 5, 8, 10]
 
 
+def annealed(log_px: list[float], standard_error: float) -> AnnealedEvidence:
+    value = torch.tensor(log_px).double()
+    column = torch.ones_like(value)
+    return AnnealedEvidence(
+        log_px=value,
+        standard_error=standard_error * column,
+        ess=16 * column,
+        pareto_k=inf * column,
+        elbo=value,
+        jackknife=value,
+        pareto_smoothed=value,
+        num_samples=16,
+        method="Annealed importance sampling",
+        strategy="particles",
+        acceptance=column,
+        resolved=column.bool(),
+        num_temperatures=7,
+    )
+
+
+def test_what_is_missed_is_a_matter_of_errors_and_of_a_tenth_of_a_nat() -> None:
+    """Errors of exact guides are so small that a difference of no interest would be many of them."""
+    guide = annealed([0.0] * 4, 1e-4)
+    index = torch.arange(4)
+    sure = ModeCheck(index, guide, annealed([0.09, 0.11, -0.5, 2.0], 1e-4))
+    assert sure.missed.tolist() == [False, True, False, True]
+    assert "for 2 of 4 data, up to 2.00 nats" in str(sure)
+    unsure = ModeCheck(index, guide, annealed([0.44, 0.46, -0.5, 2.0], 0.1))
+    assert unsure.missed.tolist() == [False, True, False, True]
+    both = ModeCheck(index, annealed([0.0] * 4, 0.1), annealed([0.63, 0.64, 0.0, 0.0], 0.1))
+    assert both.missed.tolist() == [False, True, False, False]
+
+
+def test_a_check_without_findings_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounding, "mode_check", partial(mode_check, num_temperatures=203, num_leapfrog=2))
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg)
+    found = bounds(lg.model, lg.perturbed_guide(), x, estimators=[importance_sampling], num_mode_checks=3)
+    sentence = "Chains from the prior find no more mass for the 3 data that were tried."
+    assert sentence in str(found)
+    assert "!" not in str(found)
+    assert found.modes is not None
+    assert sentence in str(found.modes)
+    assert found.modes.from_guide.num_temperatures == 50
+    assert found.modes.from_prior.num_temperatures == 203
+    assert "from the guide" in found.modes.from_guide.method
+    assert "from the prior" in found.modes.from_prior.method
+    for wrong in (annealed([9.0] * 3, 0.1), annealed([-99.0] * 3, 0.1)):
+        doubted = replace(found, modes=ModeCheck(torch.arange(3), annealed([0.0] * 3, 0.1), wrong))
+        assert sentence not in str(doubted)
+        assert "! Chains from the prior" in str(doubted)
+
+
 def test_a_check_that_cannot_tell_says_so() -> None:
-    lg = pairs.linear_gaussian(noise=0.05)
+    lg = pairs.linear_gaussian(noise=0.01)
     found = mode_check(lg.model, lg.guide, pairs.simulated(lg), num_data=3, num_temperatures=10)
     assert not found.missed.any()
     assert "cannot tell whether the guide misses a mode" in str(found)

@@ -92,6 +92,20 @@ def a_constrained_latent_has_its_jacobian() -> None:
     within_errors(found, "best_elbo", best)
 
 
+def nothing_is_clipped() -> None:
+    """Of a log p(x) that is too low by five nats all gaps are negative, and the last for a guide outside the family."""
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg)
+    found = inference_gaps(lg.model, lg.guide, x, num_steps=40, num_samples=1009, log_px=lg.log_px(x) - 5)
+    assert torch.equal(found.kl, found.log_px - found.elbo)
+    assert torch.equal(found.approximation, found.log_px - found.best_elbo)
+    assert torch.equal(found.amortisation, found.best_elbo - found.elbo)
+    for gap in (found.kl, found.approximation, found.amortisation):
+        assert gap.max() < 0
+    for name in ("kl", "approximation", "amortisation"):
+        assert f"! {name} is negative by more than 4.5 standard errors for 11 of 11 data" in str(found)
+
+
 def best_normal_of_a_coin(pair: coin.BetaBernoulli, tosses: Tensor) -> Tensor:
     """The greatest ELBO of a normal in logit coordinates, by Gauss-Hermite quadrature."""
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(60))
@@ -123,7 +137,9 @@ def a_datum_does_not_know_of_the_others() -> None:
     x, guide = pairs.simulated(lg, 71), lg.perturbed_guide()  # two blocks
 
     def of(data: Tensor, family: Any) -> Gaps:
-        return inference_gaps(lg.model, guide, data, family=family, num_steps=50, num_samples=50)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gaps, "TEMPERATURES", 7)  # of log p(x), whatever it is
+            return inference_gaps(lg.model, guide, data, family=family, num_steps=50, num_samples=50)
 
     for family in (DiagonalNormal(), CouplingFlow(num_layers=2, hidden_dim=5)):
         among, alone, replaced = (of(data, family) for data in (x, x[:1], torch.cat([x[:1], 9 * x[1:]])))
@@ -133,6 +149,20 @@ def a_datum_does_not_know_of_the_others() -> None:
                 assert abs(other.standard_error[name][0] - among.standard_error[name][0]) < 1e-5
 
 
+def all_random_numbers_are_fresh() -> None:
+    """The guide's draws, the ascent's, those of the best ELBO and of log p(x), in each of two blocks."""
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg, 67)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gaps, "TEMPERATURES", 2)
+        seeds, right = [], torch.manual_seed
+        patch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), right(seed))[1])
+        inference_gaps(lg.model, lg.perturbed_guide(), x, num_steps=2, num_samples=2)
+    derived = [seed for seed in seeds if seed > 2**32]  # not the fixed ones that isolate a run
+    assert len(derived) == 2 * 5
+    assert len(set(derived)) == len(derived)
+
+
 STATEMENTS: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
@@ -140,6 +170,8 @@ STATEMENTS: dict[str, Callable[[], None]] = {
         a_guide_outside_the_family_has_a_negative_gap,
         a_constrained_latent_has_its_jacobian,
         a_datum_does_not_know_of_the_others,
+        nothing_is_clipped,
+        all_random_numbers_are_fresh,
     )
 }
 
@@ -159,9 +191,31 @@ def couples_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim, "Adam", ClipsTheNormOfAll)
 
 
+def clipped(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    right = getattr(Gaps, name)
+    monkeypatch.setattr(Gaps, name, property(lambda self: right.fget(self).clamp(min=0)))
+
+
 def clips_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Gaps.amortisation
-    monkeypatch.setattr(Gaps, "amortisation", property(lambda self: right.fget(self).clamp(min=0)))
+    clipped(monkeypatch, "amortisation")
+
+
+def clips_the_kl(monkeypatch: pytest.MonkeyPatch) -> None:
+    clipped(monkeypatch, "kl")
+
+
+def clips_the_approximation(monkeypatch: pytest.MonkeyPatch) -> None:
+    clipped(monkeypatch, "approximation")
+
+
+def reuses_the_seed_of_the_ascent(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gaps.start_from
+    monkeypatch.setattr(gaps, "start_from", lambda root, start, what: right(root, start, 1 if what == 2 else what))
+
+
+def jacobian_of_wrong_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Coordinates.restore
+    monkeypatch.setattr(Coordinates, "restore", lambda self, u: ((found := right(self, u))[0], -found[1]))
 
 
 def forgets_the_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +231,11 @@ def forgets_the_jacobian(monkeypatch: pytest.MonkeyPatch) -> None:
 MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     couples_the_data: "a_datum_does_not_know_of_the_others",
     clips_at_zero: "a_guide_outside_the_family_has_a_negative_gap",
+    clips_the_kl: "nothing_is_clipped",
+    clips_the_approximation: "nothing_is_clipped",
+    reuses_the_seed_of_the_ascent: "all_random_numbers_are_fresh",
     forgets_the_jacobian: "a_constrained_latent_has_its_jacobian",
+    jacobian_of_wrong_sign: "a_constrained_latent_has_its_jacobian",
 }
 
 
@@ -342,7 +400,8 @@ def test_refusals(lg: LinearGaussian) -> None:
         inference_gaps(vae.model, vae.guide, torch.full((67, 3), 0.5))
 
 
-def test_seeds_and_that_nothing_is_changed() -> None:
+def test_seeds_and_that_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaps, "TEMPERATURES", 7)
     vae = VAE((5,), 3)
     x = (torch.arange(35).reshape(7, 5) % 3 > 0).float()
     before = {name: value.clone() for name, value in vae.state_dict().items()}

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_vae.evidence import importance_sampling
+from ppl_vae.evidence import annealed_importance_sampling, importance_sampling, sandwich
 from ppl_vae.evidence.blocks import looked_at
-from ppl_vae.proposals import Defensive, Guide, Prior, Proposal, StudentT, Widened, densities
+from ppl_vae.proposals import Defensive, DiagonalNormal, Guide, Local, Prior, Proposal, StudentT, Widened, densities
 from ppl_vae.scoring import Target
 
 PROPOSALS: list[Proposal] = [
@@ -29,6 +29,7 @@ PROPOSALS: list[Proposal] = [
     Defensive(Guide(), share=0.3),
     Defensive(StudentT(), share=0.05),
     Widened(Defensive()),
+    Defensive(Widened(Defensive())),
 ]
 
 
@@ -47,6 +48,60 @@ def weights_average_to_px(proposal: Proposal, *, num_samples: int = 23) -> None:
 @pytest.mark.parametrize("proposal", PROPOSALS, ids=str)
 def test_weights_average_to_px(proposal: Proposal) -> None:
     weights_average_to_px(proposal)
+
+
+NESTED: list[tuple[Proposal, int]] = [
+    (Defensive(Widened(Defensive(share=0.5)), share=0.5), 3),
+    (Defensive(Defensive(Guide(), share=0.5), share=0.5), 3),
+    (Defensive(Defensive(Defensive(Guide(), share=0.3), share=0.3), share=0.3), 5),
+]
+
+
+@pytest.mark.parametrize(("proposal", "num_samples"), NESTED, ids=str)
+def test_mixtures_of_mixtures_average_to_px(proposal: Proposal, num_samples: int) -> None:
+    """Of so few draws that one of the wrong part would tell."""
+    weights_average_to_px(proposal, num_samples=num_samples)
+
+
+def every_datum_has_draws_of_its_own(proposal: Proposal) -> None:
+    """Two data that are the same, drawn for side by side: neither the draws nor their distances go together."""
+    lg = pairs.linear_gaussian()
+    x, num_samples = pairs.simulated(lg, num_data=1).expand(2, -1), 4001
+    with looked_at(lg.model, lg.perturbed_guide(), x) as pair:
+        torch.manual_seed(4)
+        density = proposal.fitted(Target(pair, x), num_samples)
+        u = density.draw(0, num_samples)
+        if isinstance(density, densities._Defensive):
+            u = u[~density.from_prior]  # which draws are the prior's is the same for all data
+    assert (u[:, 0] != u[:, 1]).all()
+    distance = ((u - u.mean(0)) / u.std(0)).square().sum(-1).log()
+    for values in (u[..., 0], u[..., 2], distance):
+        assert abs(torch.corrcoef(values.T)[0, 1]) < 4.5 / sqrt(len(u))
+
+
+OWN = [*PROPOSALS[:8], Local(num_steps=4)]
+
+
+@pytest.mark.parametrize("proposal", OWN, ids=str)
+def test_every_datum_has_draws_of_its_own(proposal: Proposal) -> None:
+    every_datum_has_draws_of_its_own(proposal)
+
+
+def one_chi2_for_all(self: Any, start: int, stop: int) -> Tensor:
+    normal = self.target.normal(stop - start)
+    chi2 = dist.Chi2(torch.tensor(self.df).to(normal)).sample((stop - start, 1))
+    return self.loc + self.scale * normal * (self.df / chi2).sqrt().unsqueeze(-1)
+
+
+def one_draw_for_all(self: Any, start: int, stop: int) -> Tensor:
+    return self.loc + self.scale * self.target.normal(stop - start)[:, :1]
+
+
+@pytest.mark.parametrize("mutant", [one_chi2_for_all, one_draw_for_all])
+def test_shared_draws_are_caught(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(densities._StudentT, "draw", mutant)
+    with pytest.raises(AssertionError):
+        every_datum_has_draws_of_its_own(StudentT())
 
 
 def test_the_guide_as_proposal_is_the_default() -> None:
@@ -212,7 +267,7 @@ def test_numbers_do_not_depend_on_companions_or_on_how_the_work_is_cut() -> None
     for proposal in PROPOSALS:
         whole = importance_sampling(lg.model, guide, x, num_samples=1500, proposal=proposal)
         alone = importance_sampling(lg.model, guide, x[:1], num_samples=1500, proposal=proposal)
-        cut = importance_sampling(lg.model, guide, x, num_samples=1500, proposal=proposal, max_rows=101)
+        cut = importance_sampling(lg.model, guide, x, num_samples=1500, proposal=proposal, max_rows=211)
         torch.testing.assert_close(whole.log_px[:1], alone.log_px, rtol=0, atol=1e-9)
         torch.testing.assert_close(whole.log_px, cut.log_px, rtol=0, atol=1e-9)
 
@@ -240,6 +295,31 @@ def test_what_is_refused() -> None:
     for bad in (0.0, 1.0, inf):
         with pytest.raises(ValueError, match="share is the part of the draws that the prior gives"):
             Defensive(share=bad)
+
+
+NO_PROPOSALS: list[tuple[Any, str]] = [
+    ("defensive", r"got 'defensive'\."),
+    (Defensive, r"got the class Defensive, without parentheses\."),
+    (dist.Normal(0.0, 1.0), r"got Normal\(loc: 0\.0, scale: 1\.0\)\."),
+    (2.0, r"got 2\.0\."),
+    (DiagonalNormal(), r"got DiagonalNormal\(\)\."),
+]
+
+
+@pytest.mark.parametrize(("wrong", "got"), NO_PROPOSALS, ids=str)
+def test_what_is_no_proposal(wrong: Any, got: str) -> None:
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg, num_data=3)
+    takers: list[Callable[[], object]] = [
+        lambda: importance_sampling(lg.model, lg.guide, x, proposal=wrong),
+        lambda: annealed_importance_sampling(lg.model, lg.guide, x, proposal=wrong),
+        lambda: sandwich(lg.model, lg.guide, proposal=wrong),
+        lambda: Widened(wrong),
+        lambda: Defensive(wrong),
+    ]
+    for taker in takers:
+        with pytest.raises(TypeError, match=r"A proposal is one of pv\.proposals, such as Guide\(\) .*; " + got):
+            taker()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ppl_vae import isolation
 from ppl_vae.linear_gaussian import LinearGaussian
 from ppl_vae.proposals.densities import Defensive, Guide, Proposal, Widened
 from ppl_vae.proposals.families import CouplingFlow, DiagonalNormal, Family, FullCovarianceNormal
-from ppl_vae.proposals.local import Local, LocalDensity, Member
+from ppl_vae.proposals.local import JUDGED_SAMPLES, Local, LocalDensity, Member
 from ppl_vae.scoring import Pair, Target
 from ppl_vae.vae import VAE
 
@@ -162,6 +162,9 @@ def test_refusals() -> None:
     for wrong in ({"num_steps": 1}, {"num_particles": 7}, {"num_particles": 0}):
         with pytest.raises(ValueError, match="num_steps must be at least 2"):
             Local(**wrong)
+    for no_family, got in ((Local(), "Local"), (DiagonalNormal, "<class"), ("diagonal", "'diagonal'")):
+        with pytest.raises(TypeError, match=rf"family is one of pv\.proposals\.DiagonalNormal\(\), .*; got {got}"):
+            Local(no_family)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -289,6 +292,42 @@ def test_a_run_that_was_too_short_says_so() -> None:
         assert fitted(Local(family, num_steps=600), lg.model, far, x).converged.all()
     close = lg.perturbed_guide(shift=0.0, spread=1.0)  # there already
     assert fitted(Local(num_steps=20), lg.model, close, x).converged.all()
+
+
+@pytest.mark.parametrize("num_steps", [11, 20])
+def test_the_later_half_of_the_steps_is_averaged(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes the noise of the single steps away."""
+    iterates: list[dict[str, Tensor]] = []
+
+    class Recorded(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            iterates.append(dict(enumerate(p.detach().clone() for p in self.param_groups[0]["params"])))
+
+    monkeypatch.setattr(torch.optim, "Adam", Recorded)
+    lg, x = problem(3, 7, 5)
+    with evaluating(lg.model, lg.perturbed_guide(), x) as target:
+        family = FullCovarianceNormal()
+        ones, zeros = torch.ones(5, 3).double(), torch.zeros(5, 3).double()
+        start = family.start(5, 3, target.device)
+        found, finite = Local(family)._ascended(lambda p: Member(target, family, p, zeros, ones), start, num_steps)
+    assert finite.all()
+    assert len(iterates) == num_steps
+    later = iterates[num_steps // 2 :]
+    for number, value in enumerate(found.values()):
+        torch.testing.assert_close(value, torch.stack([i[number] for i in later]).mean(0), rtol=0, atol=1e-12)
+        assert (value != later[-1][number]).any()
+
+
+def test_losses_and_gains_are_both_signs_of_a_run_that_was_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 0.01 nats and three standard errors, up or down."""
+    gain = torch.tensor([1.0, -1.0, 0.009, -0.009, 0.3, -0.3, 0.32, -0.32, torch.nan]).double()
+    error = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1, 0.1]).double()
+    monkeypatch.setattr(Local, "_gain", lambda self, last, before: (gain, error))
+    lg, x = problem(3, 7, 11)
+    q = fitted(Local(num_steps=4), lg.model, lg.perturbed_guide(), x[:9])
+    assert q.converged.tolist() == [False, False, True, True, True, True, False, False, False]
+    assert JUDGED_SAMPLES >= 512  # of which the error is a standard error
 
 
 def test_gain_is_a_difference_of_elbos() -> None:

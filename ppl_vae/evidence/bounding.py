@@ -16,7 +16,7 @@ from ppl_vae.evidence.importance import importance_sampling
 from ppl_vae.evidence.modes import ModeCheck, mode_check
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.simulation import simulate
-from ppl_vae.proposals import Defensive, Guide, Proposal
+from ppl_vae.proposals import Guide, Proposal
 from ppl_vae.scoring import Program
 
 Estimator = Callable[..., Evidence]
@@ -215,7 +215,7 @@ def sandwich(
         True
     """
     work = Work(num_chains, num_temperatures, num_leapfrog, proposal)
-    if isinstance(proposal, Defensive):
+    if work.proposal.in_proportions:
         raise ValueError(
             "The chains of a defensive mixture start in fixed proportions from its parts, so that a reverse chain "
             "cannot take the place of any one of them. Use another proposal, such as StudentT()."
@@ -223,7 +223,7 @@ def sandwich(
     num_data = at_least_one("num_data", num_data)
     root = root_seed(seed)
     with untouched(model, guide):
-        start_from(root, 2**32)
+        start_from(root, 2**32 - 1, 0)  # where no block begins
         args, latents = simulate(model, args, num_data)
     with looked_at(model, guide, *args) as pair:
         parts = []

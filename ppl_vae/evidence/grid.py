@@ -30,6 +30,8 @@ GUIDE_POINTS = {1: 32, 2: 16}
 SUM_TOLERANCE = 1e-4
 # How much of the mass may lie where numbers end, as where a probability is rounded to 1.
 UNFAITHFUL_MASS = 1e-5
+# A normal falls by so many nats at most from its peak to the nearest point of a grid that resolves it.
+PEAK = 1.0
 RUN_ROWS = 2**10
 
 
@@ -98,8 +100,8 @@ def grid_integration(
         parts, draws = [], []
         for block in blocks(pair, args, 1):
             target = _low_dimensional(pair, block)
-            p, q = _lattices(target, tolerance, num_points, max_levels)
-            parts.append(_columns(target, p, q, tolerance))
+            p, q, seen = _lattices(target, tolerance, num_points, max_levels)
+            parts.append(_columns(target, p, q, seen, tolerance))
             if num_draws:
                 start_from(root, block.start)
                 draws.append(_draws(target, p, block.start, num_draws))
@@ -127,13 +129,14 @@ def _low_dimensional(pair: Pair, block: Block) -> Target:
 
 def _lattices(
     target: Target, tolerance: float, num_points: int | None, max_levels: int
-) -> tuple[list[Lattice], list[Lattice]]:
-    """For each datum a lattice for p(x, u), and one for q(u given x) with log p(x, u) beside it."""
+) -> tuple[list[Lattice], list[Lattice], list[float]]:
+    """For each datum a lattice for p(x, u), one for q(u given x) with log p(x, u) beside it, and p at draws."""
     start_from(0)  # The same for every datum, whose numbers then do not depend on its place.
     with pyro.validation_enabled(True):
         prior, guide = target.draw_prior(MOMENT_SAMPLES), target.draw_guide(MOMENT_SAMPLES)
         log_p = target.log_joint(guide).cpu()
     prior, guide = prior.double().cpu(), guide.double().cpu()
+    seen = log_p.max(0).values.tolist()
 
     def of_p(datum: int) -> Routine[Lattice]:
         low, high = (torch.stack(ends) for ends in zip(_box(prior[:, datum]), _box(guide[:, datum]), strict=True))
@@ -145,7 +148,7 @@ def _lattices(
             pins,
             num_points=num_points or POINTS[target.dim],
             max_levels=max_levels,
-            done=lambda lattice: lattice.is_resolved(tolerance),
+            done=lambda lattice: _resolves_all(lattice, seen[datum], tolerance),
         )
 
     def of_q(datum: int) -> Routine[Lattice]:
@@ -162,7 +165,12 @@ def _lattices(
     q = _answered(
         [of_q(datum) for datum in data], target, lambda u: torch.stack([target.log_guide(u), target.log_joint(u)])
     )
-    return p, q
+    return p, q, seen
+
+
+def _resolves_all(p: Lattice, seen: float, tolerance: float) -> bool:
+    """Whether the integral has settled, and no draw of the guide lies much higher than all points of the lattice."""
+    return p.is_resolved(tolerance) and float(p.log_density.max()) > seen - PEAK
 
 
 def _box(draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,14 +224,19 @@ def _scored(u: Tensor, target: Target, log_densities: Callable[[Tensor], Tensor]
     return torch.cat(found, 1).cpu()
 
 
-def _columns(target: Target, p: list[Lattice], q: list[Lattice], tolerance: float) -> tuple[Tensor, ...]:
+def _columns(
+    target: Target, p: list[Lattice], q: list[Lattice], seen: list[float], tolerance: float
+) -> tuple[Tensor, ...]:
     """log_px, error, elbo and accepted of each datum, `(batch,)`."""
     log_px = torch.tensor([lattice.log_integral() for lattice in p], dtype=torch.float64)
     # An integral of 0 has no relative error.
     error = torch.tensor([lattice.error() for lattice in p], dtype=torch.float64).nan_to_num(nan=inf, posinf=inf)
     elbo = [_elbo(lattice).item() if _resolves_guide(lattice, tolerance) else nan for lattice in q]
     accepted = torch.tensor(
-        [lattice.is_resolved(tolerance) and _is_faithful(target, lattice, datum) for datum, lattice in enumerate(p)]
+        [
+            _resolves_all(lattice, seen[datum], tolerance) and _is_faithful(target, lattice, datum)
+            for datum, lattice in enumerate(p)
+        ]
     )
     return log_px, error, torch.tensor(elbo, dtype=torch.float64), accepted
 

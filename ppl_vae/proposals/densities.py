@@ -36,7 +36,13 @@ class Density:
 
 
 class Proposal:
-    """What to draw latents from: makes a `Density` for each batch of data."""
+    """What to draw latents from: makes a `Density` for each batch of data.
+
+    Attributes:
+        in_proportions: whether its draws come from parts in fixed proportions, so that they are not all alike.
+    """
+
+    in_proportions = False
 
     def fitted(self, target: Target, num_samples: int) -> Density:
         """The density for these data, fixed before `num_samples` of its draws are weighted."""
@@ -133,7 +139,7 @@ class Widened(Proposal):
         if factor is not None and not factor > 0:
             raise ValueError(f"factor multiplies a variance and must be above 0; got {factor!r}.")
         self.base = Guide() if base is None else checked(base)
-        self.factor = factor
+        self.factor, self.in_proportions = factor, self.base.in_proportions
 
     def fitted(self, target: Target, num_samples: int) -> Density:
         factor = 1 + 1 / sqrt(target.dim) if self.factor is None else self.factor
@@ -240,18 +246,21 @@ class Defensive(Proposal):
         self.base = Widened() if base is None else checked(base)
         self.share = share
 
+    in_proportions = True
+
     def fitted(self, target: Target, num_samples: int) -> Density:
-        return _Defensive(self.base.fitted(target, num_samples), self.share, num_samples)
+        count = min(max(1, round(self.share * num_samples)), num_samples - 1)  # none of a single draw
+        # A mixture in this one keeps its own proportions among the draws that are left to it.
+        return _Defensive(self.base.fitted(target, num_samples - count), count, num_samples)
 
     def __str__(self) -> str:
         return f"{self.base}, mixed with {100 * self.share:g} % of the prior"
 
 
 class _Defensive(Density):
-    def __init__(self, base: Density, share: float, num_samples: int) -> None:
+    def __init__(self, base: Density, count: int, num_samples: int) -> None:
         super().__init__(base.target)
         self.base, self.prior = base, _Prior(base.target)
-        count = min(max(1, round(share * num_samples)), num_samples - 1)  # none of a single draw
         # Spread evenly, so that every part of the draws is a mixture too.
         self.from_prior = torch.zeros(num_samples, dtype=torch.bool)
         self.from_prior[[int((j + 0.5) * num_samples / count) for j in range(count)]] = True
