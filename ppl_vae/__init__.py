@@ -3,11 +3,11 @@
 One idea: a pair is two Pyro programs, `model(x)` and `guide(x)`, and everything else works on any pair. The left side
 says what is believed, the right side does inference with whatever pair it is given, and neither imports the other:
 
-       programs (what is believed)                  inference (what is done with any pair)
-    0  networks  likelihoods  priors  posteriors    scoring  pareto
-    1  coin  vae  linear_gaussian                   proposals  parameters  batches
-    2  autoencoder                                  evidence  training
-    3  storage                                      gaps
+       programs (what is believed)                               inference (what is done with any pair)
+    0  networks  likelihoods  priors  posteriors                 scoring  pareto
+    1  coin  vae  linear_gaussian  hierarchical  conditional     proposals  parameters  batches  objectives
+    2  autoencoder  semi_supervised                              evidence  training
+    3  storage                                                   gaps
 
        neither: isolation  data  files  plots  reporting
        both: cli  and this file
@@ -33,14 +33,17 @@ if TYPE_CHECKING:
         batches,
         cli,
         coin,
+        conditional,
         data,
         evidence,
         files,
         gaps,
+        hierarchical,
         isolation,
         likelihoods,
         linear_gaussian,
         networks,
+        objectives,
         parameters,
         pareto,
         plots,
@@ -49,11 +52,13 @@ if TYPE_CHECKING:
         proposals,
         reporting,
         scoring,
+        semi_supervised,
         storage,
         training,
         vae,
     )
     from ppl_vae.autoencoder import Autoencoder
+    from ppl_vae.conditional import ConditionalVAE
     from ppl_vae.evidence import (
         AnnealedEvidence,
         Bounds,
@@ -70,9 +75,12 @@ if TYPE_CHECKING:
         sandwich,
     )
     from ppl_vae.gaps import Gaps, inference_gaps
+    from ppl_vae.hierarchical import HierarchicalVAE
     from ppl_vae.likelihoods import bits_per_dim
     from ppl_vae.linear_gaussian import LinearGaussian
+    from ppl_vae.objectives import SemiSupervisedELBO
     from ppl_vae.scoring import log_weights
+    from ppl_vae.semi_supervised import M2
     from ppl_vae.storage import load, save
     from ppl_vae.training import History, fit
     from ppl_vae.vae import VAE
@@ -80,17 +88,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "M2",
     "VAE",
     "AnnealedEvidence",
     "Autoencoder",
     "Bounds",
+    "ConditionalVAE",
     "Evidence",
     "Exact",
     "Gaps",
+    "HierarchicalVAE",
     "History",
     "Kind",
     "LinearGaussian",
     "ModeCheck",
+    "SemiSupervisedELBO",
     "annealed_importance_sampling",
     "autoencoder",
     "batches",
@@ -98,6 +110,7 @@ __all__ = [
     "bounds",
     "cli",
     "coin",
+    "conditional",
     "data",
     "enumeration",
     "evidence",
@@ -105,6 +118,7 @@ __all__ = [
     "fit",
     "gaps",
     "grid_integration",
+    "hierarchical",
     "importance_sampling",
     "inference_gaps",
     "isolation",
@@ -114,6 +128,7 @@ __all__ = [
     "log_weights",
     "mode_check",
     "networks",
+    "objectives",
     "parameters",
     "pareto",
     "plots",
@@ -124,6 +139,7 @@ __all__ = [
     "sandwich",
     "save",
     "scoring",
+    "semi_supervised",
     "storage",
     "training",
     "vae",
@@ -133,13 +149,17 @@ _ROOM_OF = {
     "AnnealedEvidence": "evidence",
     "Autoencoder": "autoencoder",
     "Bounds": "evidence",
+    "ConditionalVAE": "conditional",
     "Evidence": "evidence",
     "Exact": "evidence",
     "Gaps": "gaps",
+    "HierarchicalVAE": "hierarchical",
     "History": "training",
     "Kind": "evidence",
     "LinearGaussian": "linear_gaussian",
+    "M2": "semi_supervised",
     "ModeCheck": "evidence",
+    "SemiSupervisedELBO": "objectives",
     "VAE": "vae",
     "annealed_importance_sampling": "evidence",
     "bits_per_dim": "likelihoods",
