@@ -19,18 +19,22 @@ from ppl_vae.priors import StandardNormal
 class Model(nn.Module):
     """The generative story z ~ N(0, I), x ~ p(x given z, y) of `ConditionalVAE`."""
 
-    def __init__(self, latent_dim: int, decoder: ConditionalMLP, likelihood: Likelihood, data_dim: int) -> None:
+    def __init__(
+        self, data_shape: tuple[int, ...], latent_dim: int, decoder: ConditionalMLP, likelihood: Likelihood
+    ) -> None:
         super().__init__()
+        self.data_shape, self.num_classes = data_shape, decoder.num_classes
         self.prior, self.decoder, self.likelihood = StandardNormal(latent_dim), decoder, likelihood
-        self.data_dim, self.num_classes = data_dim, decoder.num_classes
 
     def decode(self, z: Tensor, y: Tensor) -> dist.TorchDistribution:
         """p(x given z, y), for z of shape `(*batch, latent_dim)` and y of shape `(*batch)`."""
-        return self.likelihood(self.decoder(z, y), event_dim=self.data_dim)
+        return self.likelihood(self.decoder(z, y), event_dim=len(self.data_shape))
 
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
         """Scores x of shape `(batch, *data_shape)` given y of shape `(batch,)`; without x, draws one for each y."""
         register("model", self)
+        if x is not None:
+            check_batch(x, self.data_shape)
         check_classes(y, self.num_classes, len(y) if x is None else len(x))
         with pyro.plate("data", len(y)):
             z = pyro.sample("z", self.prior())
@@ -68,9 +72,7 @@ def check_classes(y: Tensor, num_classes: int, num_data: int, *, lowest: int = 0
     """
     if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         got = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(
-            f"Classes are a tensor of integers from 0 to {num_classes - 1}; got {got}. Convert with .long()."
-        )
+        raise TypeError(f"Classes must be a tensor of integers; got {got}. Convert a tensor with .long().")
     if y.shape != (num_data,):
         raise ValueError(f"Expected a class for each of {num_data} data, shape ({num_data},); got {tuple(y.shape)}.")
     if ((y < lowest) | (y >= num_classes)).any():
@@ -128,16 +130,15 @@ class ConditionalVAE(nn.Module):
     ) -> None:
         super().__init__()
         self.data_shape = shape = as_shape("data_shape", data_shape)
-        (self.num_classes,), (self.latent_dim,) = (
-            as_shape("num_classes", num_classes),
-            as_shape("latent_dim", latent_dim),
-        )
-        self.hidden_dims = tuple(hidden_dims)
+        for name, size in (("num_classes", num_classes), ("latent_dim", latent_dim)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an integer of at least 1; got {size!r}.")
+        self.num_classes, self.latent_dim, self.hidden_dims = num_classes, latent_dim, tuple(hidden_dims)
         self.activation = nn.ReLU() if activation is None else activation
         likelihood = Bernoulli() if likelihood is None else likelihood
         features = likelihood.num_parameters * shape[0], *shape[1:]
         decoder = self._network(latent_dim, features, self.hidden_dims[::-1])
-        self.model = Model(latent_dim, decoder, likelihood, len(shape))
+        self.model = Model(shape, latent_dim, decoder, likelihood)
         self.guide = Guide(self._network(shape, 2 * latent_dim, self.hidden_dims), likelihood)
 
     def _network(

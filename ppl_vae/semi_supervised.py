@@ -20,14 +20,18 @@ class Model(conditional.Model):
 
     zeros: Tensor
 
-    def __init__(self, latent_dim: int, decoder: ConditionalMLP, likelihood: Likelihood, data_dim: int) -> None:
-        super().__init__(latent_dim, decoder, likelihood, data_dim)
+    def __init__(
+        self, data_shape: tuple[int, ...], latent_dim: int, decoder: ConditionalMLP, likelihood: Likelihood
+    ) -> None:
+        super().__init__(data_shape, latent_dim, decoder, likelihood)
         # Not saved with the weights: it only carries device and dtype.
         self.register_buffer("zeros", torch.zeros(self.num_classes), persistent=False)
 
     def forward(self, x: Tensor | None = None, label: Tensor | None = None, *, num_data: int = 1) -> Tensor:
         """Scores x `(batch, *data_shape)` and labels `(batch,)`, -1 where missing; without x, draws `num_data` x."""
         register("model", self)
+        if x is not None:
+            check_batch(x, self.data_shape)
         num_data = num_data if x is None else len(x)
         with pyro.plate("data", num_data):
             y = pyro.sample("y", dist.Categorical(logits=self.zeros))
@@ -123,7 +127,7 @@ class M2(ConditionalVAE):
             data_shape, num_classes, latent_dim, hidden_dims=hidden_dims, activation=activation, likelihood=likelihood
         )
         classifier = MLP(self.data_shape, num_classes, hidden_dims=hidden_dims, activation=self.activation)
-        self.model = Model(latent_dim, self.model.decoder, self.likelihood, len(self.data_shape))
+        self.model = Model(self.data_shape, latent_dim, self.model.decoder, self.likelihood)
         self.guide = Guide(self.guide.encoder, classifier, self.likelihood)
 
     def classify(self, x: Tensor) -> dist.TorchDistribution:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 
-from ppl_vae.scoring import Program
+from ppl_vae.scoring import Program, scored_sites
 
 
 class SemiSupervisedELBO(Trace_ELBO):
     """The ELBO of data with and without labels, and a classifier trained on the labels (Kingma et al., 2014).
 
-    For a pair `model(x, label)`, `guide(x, label)` such as `M2`, with a latent class "y" and labels that are -1 where
-    missing. The bound is that of log p(x, y) where there is a label, and where there is none that of log p(x),
+    For a pair such as `M2`: `model(x, label)`, `guide(x, label)` where there are labels, `model(x)`, `guide(x)` where
+    there are none, with a latent class "y" in both. Of a batch with labels, -1 where missing, the bound is that of
+    log p(x, y) where there is a label, and where there is none that of log p(x),
 
         Σ_y q(y given x) E_q(z given x, y) [log p(x, y, z) − log q(z given x, y)] + H[q(y given x)],
 
@@ -46,19 +47,18 @@ class SemiSupervisedELBO(Trace_ELBO):
         if not alpha >= 0:
             raise ValueError(f"alpha is the weight of a label and cannot be negative; got {alpha!r}.")
         self.alpha = alpha
-        self.unlabelled = TraceEnum_ELBO(max_plate_nesting=1)
+        self.labelled, self.unlabelled = Trace_ELBO(), TraceEnum_ELBO(max_plate_nesting=1)
+
+    def loss(self, model: Program, guide: Program, x: Tensor, label: Tensor) -> float:
+        """Minus the bound, summed over the batch."""
+        return sum(bound.loss(model, q, *data) for bound, q, data in self._parts(guide, x, label))
 
     def differentiable_loss(self, model: Program, guide: Program, x: Tensor, label: Tensor) -> Tensor:
-        """Minus the bound, summed over the batch, with the gradient of the classifier's loss in it."""
-        known = label >= 0
-        loss: Any = 0.0
-        if not known.all():
-            each_class = config_enumerate(guide, "parallel")
-            loss = loss + self.unlabelled.differentiable_loss(model, each_class, x[~known], label[~known])
-        if known.any():
-            x, label = x[known], label[known]
-            loss = loss + super().differentiable_loss(model, guide, x, label)
-            log_q = self.alpha * _class_probabilities(guide, x).log_prob(label).sum()
+        """Minus the bound, summed over the batch, with the gradient of the classifier's loss besides its own."""
+        loss = sum(bound.differentiable_loss(model, q, *data) for bound, q, data in self._parts(guide, x, label))
+        if (known := label >= 0).any():
+            sites = scored_sites(poutine.trace(guide).get_trace(x[known]))
+            log_q = self.alpha * sites["y"]["fn"].log_prob(label[known]).sum()
             loss = loss - (log_q - log_q.detach())
         return loss
 
@@ -68,13 +68,10 @@ class SemiSupervisedELBO(Trace_ELBO):
         loss.backward()
         return loss.item()
 
-    def loss(self, model: Program, guide: Program, x: Tensor, label: Tensor) -> float:
-        """The value of `differentiable_loss`, without gradients."""
-        with torch.no_grad():
-            return self.differentiable_loss(model, guide, x, label).item()
-
-
-def _class_probabilities(guide: Program, x: Tensor) -> Any:
-    """q(y given x), as the guide has it where there is no label."""
-    unknown = torch.full((len(x),), -1, device=x.device)
-    return poutine.trace(guide).get_trace(x, unknown).nodes["y"]["fn"]
+    def _parts(self, guide: Program, x: Tensor, label: Tensor) -> Iterator[tuple[Any, Program, tuple[Tensor, ...]]]:
+        """The bound, the guide and the data of what has no label and of what has one, where there are such."""
+        known = label >= 0
+        if not known.all():
+            yield self.unlabelled, config_enumerate(guide, "parallel"), (x[~known],)
+        if known.any():
+            yield self.labelled, guide, (x[known], label[known])

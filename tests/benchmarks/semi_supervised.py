@@ -16,7 +16,7 @@ import argparse
 import time
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import ppl_vae as pv
@@ -43,7 +43,7 @@ def balanced(labels: Tensor, num_labels: int, generator: torch.Generator) -> Ten
 
 
 def built() -> pv.M2:
-    return pv.M2((28, 28), 10, 50, hidden_dims=(500,), activation=nn.Softplus())
+    return pv.M2((28, 28), 10, 50, hidden_dims=(500,))
 
 
 def supervised(images: Tensor, labels: Tensor, steps: int = 2000) -> pv.M2:
@@ -63,7 +63,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--labels", type=int, default=100)
     parser.add_argument("--alpha", type=float, default=0.1, help="times the number of images, as in the paper")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -95,8 +94,8 @@ def main() -> None:
             train,
             objective=objective,
             epochs=1,
-            batch_size=200,
-            learning_rate=options.learning_rate,
+            batch_size=100,
+            learning_rate=1e-3 * 0.1 ** (spent / (60 * options.minutes)),
             seed=options.seed + epoch,
             progress=False,
         )
