@@ -78,7 +78,17 @@ if TYPE_CHECKING:
     from ppl_vae.hierarchical import HierarchicalVAE
     from ppl_vae.likelihoods import bits_per_dim
     from ppl_vae.linear_gaussian import LinearGaussian
-    from ppl_vae.objectives import SemiSupervisedELBO
+    from ppl_vae.objectives import (
+        IWAE,
+        VIMCO,
+        AnalyticKL,
+        BetaELBO,
+        DReG,
+        FreeBits,
+        ImportanceWeightedELBO,
+        SemiSupervisedELBO,
+        StickingTheLanding,
+    )
     from ppl_vae.scoring import log_weights
     from ppl_vae.semi_supervised import M2
     from ppl_vae.storage import load, save
@@ -88,21 +98,29 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "IWAE",
     "M2",
     "VAE",
+    "VIMCO",
+    "AnalyticKL",
     "AnnealedEvidence",
     "Autoencoder",
+    "BetaELBO",
     "Bounds",
     "ConditionalVAE",
+    "DReG",
     "Evidence",
     "Exact",
+    "FreeBits",
     "Gaps",
     "HierarchicalVAE",
     "History",
+    "ImportanceWeightedELBO",
     "Kind",
     "LinearGaussian",
     "ModeCheck",
     "SemiSupervisedELBO",
+    "StickingTheLanding",
     "annealed_importance_sampling",
     "autoencoder",
     "batches",
@@ -146,21 +164,29 @@ __all__ = [
 ]
 
 _ROOM_OF = {
+    "AnalyticKL": "objectives",
     "AnnealedEvidence": "evidence",
     "Autoencoder": "autoencoder",
+    "BetaELBO": "objectives",
     "Bounds": "evidence",
     "ConditionalVAE": "conditional",
+    "DReG": "objectives",
     "Evidence": "evidence",
     "Exact": "evidence",
+    "FreeBits": "objectives",
     "Gaps": "gaps",
     "HierarchicalVAE": "hierarchical",
     "History": "training",
+    "IWAE": "objectives",
+    "ImportanceWeightedELBO": "objectives",
     "Kind": "evidence",
     "LinearGaussian": "linear_gaussian",
     "M2": "semi_supervised",
     "ModeCheck": "evidence",
     "SemiSupervisedELBO": "objectives",
+    "StickingTheLanding": "objectives",
     "VAE": "vae",
+    "VIMCO": "objectives",
     "annealed_importance_sampling": "evidence",
     "bits_per_dim": "likelihoods",
     "bounds": "evidence",

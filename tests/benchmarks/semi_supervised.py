@@ -84,7 +84,7 @@ def main() -> None:
     print(f"supervised on {len(index)} labels alone: {accuracy(baseline, mnist.test, mnist.test_labels):.2f} %")
 
     m2 = built()
-    objective = pv.SemiSupervisedELBO(alpha=options.alpha * len(images) / (repeats * len(index)))
+    objective = pv.SemiSupervisedELBO(options.alpha * len(images) / (repeats * len(index)))
     epoch, spent = 0, 0.0
     while spent < 60 * options.minutes:
         began = time.process_time()
@@ -101,7 +101,7 @@ def main() -> None:
         )
         spent, epoch = spent + time.process_time() - began, epoch + 1
         found = accuracy(m2, mnist.test, mnist.test_labels)
-        print(f"epoch {epoch:3}, {spent / 60:5.1f} CPU min: {found:.2f} %, loss {history.loss[-1]:.2f}", flush=True)
+        print(f"epoch {epoch:3}, {spent / 60:5.1f} CPU min: {found:.2f} %, bound {history.bound[-1]:.2f}", flush=True)
 
 
 if __name__ == "__main__":
