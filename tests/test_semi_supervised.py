@@ -250,7 +250,7 @@ def test_with_labels_it_is_the_formula_and_alpha_is_of_the_loss_alone(untrained:
         loss, bound = objective.terms(m2.model, m2.guide, x, y)
         torch.manual_seed(2)
         m2.guide(x)
-        m2.classify(x, y).sample()
+        m2.guide.classify(x, y).sample()
         expected = by_hand(m2, x, y)
         torch.testing.assert_close(bound, expected, rtol=0, atol=1e-5)
         with_alpha = -expected.sum() - alpha * m2.classify(x).log_prob(y).sum()
