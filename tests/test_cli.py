@@ -526,6 +526,8 @@ def arrays(path: Path) -> None:
         (["digits", *STATIC, "--hidden-dims", "wide"], "400,400"),
         (["digits", *STATIC, "--network", "conv", "--hidden-dims", "9"], "mlp"),
         (["digits"], "17 grey levels. Say how they become 0 or 1 with --binarization static"),
+        (["digits"], "--likelihood continuous-bernoulli (ContinuousBernoulli) or gaussian. The cross-entropy"),
+        (["digits"], "no log p(x); in Python it is `likelihoods.bce_score`"),
         (["grey.npy", "--hidden-dims", "9"], "Bernoulli likelihood scores data in {0, 1}; got values from"),
         (["digits", *STATIC, "--epochs", "0"], "epochs must be an integer of at least 1"),
         (["digits", *STATIC, "--batch-size", "0"], "batch_size"),

@@ -50,8 +50,11 @@ class Scale(ABC):
         """Refuses data that cannot lie on this scale.
 
         Raises:
-            ValueError: a sentence with the values that came.
+            TypeError: for data that are not floating point.
+            ValueError: for others, in a sentence with the values that came.
         """
+        if not x.is_floating_point():
+            raise TypeError(f"Expected floating point data, got {x.dtype}. Convert them with x.float().")
         wrong = ~self.holds(x)
         if wrong.any():
             raise ValueError(
