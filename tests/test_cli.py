@@ -402,6 +402,7 @@ def test_evaluate_refuses_unknown_methods(ppl_vae: Runner) -> None:
     [
         ["--likelihood", "gaussian"],
         ["--likelihood", "gaussian-per-pixel"],
+        ["--likelihood", "continuous-bernoulli"],
         ["--binarization", "dynamic", "--validation", 5],
         ["--binarization", "threshold"],
         ["--network", "conv"],
@@ -417,7 +418,11 @@ def test_options_reach_the_program(ppl_vae: Runner, tmp_path: Path, options: lis
     assert result.code == 0, result.err
     evaluated = ppl_vae("evaluate", "runs/mine", "--num-samples", 30)
     assert evaluated.code == 0, evaluated.err
-    assert ("bits/dim" in evaluated.out) == ("--likelihood" not in options)
+    (bits,) = (line for line in evaluated.out.splitlines() if line.startswith("bits/dim"))
+    if "--likelihood" in options:
+        assert re.match(r"bits/dim +none  \w+ gives a density on .*between levels the density can hide", bits)
+    else:
+        assert re.match(r"bits/dim +\d\.\d{4}  probability on \{0, 1\}$", bits)
     recorded = json.loads((tmp_path / "runs/mine/run.json").read_text())["configuration"]
     for name, value in zip(options[::2], options[1::2], strict=True):
         assert recorded[str(name)[2:]] == value
