@@ -15,8 +15,8 @@ PACKAGE = Path(ppl_vae.__file__).parent
 # room: (side, level); as in the docstring of ppl_vae/__init__.py
 PROGRAMS = [
     ["networks", "likelihoods", "priors", "posteriors"],
-    ["coin", "vae", "linear_gaussian"],
-    ["autoencoder"],
+    ["coin", "vae", "linear_gaussian", "hierarchical", "conditional"],
+    ["autoencoder", "semi_supervised"],
     ["storage"],
 ]
 INFERENCE = [
