@@ -4,10 +4,11 @@ One idea: a pair is two Pyro programs, `model(x)` and `guide(x)`, and everything
 says what is believed, the right side does inference with whatever pair it is given, and neither imports the other:
 
        programs (what is believed)                  inference (what is done with any pair)
-    0  networks  likelihoods  priors  posteriors    scoring  pareto
-    1  coin  vae  linear_gaussian                   proposals  parameters  batches
-    2  autoencoder                                  evidence  training
-    3  storage                                      gaps
+    0  networks  likelihoods  distributions         scoring  pareto
+    1  priors  posteriors                           proposals  parameters  batches
+    2  coin  vae  linear_gaussian                   evidence  training
+    3  autoencoder                                  gaps
+    4  storage
 
        neither: isolation  data  files  plots  reporting
        both: cli  and this file
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         cli,
         coin,
         data,
+        distributions,
         evidence,
         files,
         gaps,
@@ -99,6 +101,7 @@ __all__ = [
     "cli",
     "coin",
     "data",
+    "distributions",
     "enumeration",
     "evidence",
     "files",

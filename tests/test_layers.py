@@ -14,12 +14,13 @@ PACKAGE = Path(ppl_vae.__file__).parent
 
 # room: (side, level); as in the docstring of ppl_vae/__init__.py
 PROGRAMS = [
-    ["networks", "likelihoods", "priors", "posteriors"],
+    ["networks", "likelihoods", "distributions"],
+    ["priors", "posteriors"],
     ["coin", "vae", "linear_gaussian"],
     ["autoencoder"],
     ["storage"],
 ]
-INFERENCE = [["scoring", "pareto"], ["proposals", "parameters", "batches"], ["evidence", "training"], ["gaps"]]
+INFERENCE = [["scoring", "pareto"], ["proposals", "parameters", "batches"], ["evidence", "training"], ["gaps"], []]
 NEITHER = [["isolation", "data", "files", "plots"], ["reporting"]]
 BOTH = ["cli", "__init__"]
 
