@@ -4,10 +4,11 @@ One idea: a pair is two Pyro programs, `model(x)` and `guide(x)`, and everything
 says what is believed, the right side does inference with whatever pair it is given, and neither imports the other:
 
        programs (what is believed)                               inference (what is done with any pair)
-    0  networks  likelihoods  priors  posteriors                 scoring  pareto
-    1  coin  vae  linear_gaussian  hierarchical  conditional     proposals  parameters  batches  objectives
-    2  autoencoder  semi_supervised                              evidence  training
-    3  storage                                                   gaps
+    0  networks  likelihoods  distributions                      scoring  pareto
+    1  priors  posteriors                                        proposals  parameters  batches  objectives
+    2  coin  vae  linear_gaussian  hierarchical  conditional     evidence  training
+    3  autoencoder  semi_supervised                              gaps
+    4  storage
 
        neither: isolation  data  files  plots  reporting
        both: cli  and this file
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         coin,
         conditional,
         data,
+        distributions,
         evidence,
         files,
         gaps,
@@ -130,6 +132,7 @@ __all__ = [
     "coin",
     "conditional",
     "data",
+    "distributions",
     "enumeration",
     "evidence",
     "files",

@@ -14,7 +14,8 @@ PACKAGE = Path(ppl_vae.__file__).parent
 
 # room: (side, level); as in the docstring of ppl_vae/__init__.py
 PROGRAMS = [
-    ["networks", "likelihoods", "priors", "posteriors"],
+    ["networks", "likelihoods", "distributions"],
+    ["priors", "posteriors"],
     ["coin", "vae", "linear_gaussian", "hierarchical", "conditional"],
     ["autoencoder", "semi_supervised"],
     ["storage"],
@@ -24,6 +25,7 @@ INFERENCE = [
     ["proposals", "parameters", "batches", "objectives"],
     ["evidence", "training"],
     ["gaps"],
+    [],
 ]
 NEITHER = [["isolation", "data", "files", "plots"], ["reporting"]]
 BOTH = ["cli", "__init__"]
