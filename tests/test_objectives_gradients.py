@@ -13,6 +13,7 @@ import pytest
 import torch
 from layered import PAIRS, PHI, THETA, one_layer, one_layer_guide, two_layer_guide, two_layers
 from pyro.infer import SVI, RenyiELBO
+from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import Tensor, nn
 
 from ppl_vae.linear_gaussian import LinearGaussian
@@ -153,6 +154,27 @@ def test_at_the_exact_posterior_the_encoder_has_no_gradient(form: str) -> None:
     assert largest(StickingTheLanding()) < 1e-9
     assert largest(StickingTheLanding(num_particles=5)) < 1e-9
     assert largest(IWAE(num_particles=5)) > 1e-2
+
+
+def test_the_path_of_an_autoguide_goes_through_its_jacobian() -> None:
+    """`AutoNormal` draws an unconstrained value and computes the latent from it, a Delta that carries the Jacobian."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(torch.full_like(x, 2.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    x = torch.full((REPLICATES,), 1.1, dtype=torch.float64)
+    guide = AutoNormal(model, init_loc_fn=init_to_value(values={"z": torch.full_like(x, 1.6)}), init_scale=0.3)
+    guide(x)
+    leaves = guide.locs.z_unconstrained, guide.scales.z_unconstrained
+    found = []
+    for objective in (IWAE(num_particles=3), DReG(num_particles=3), StickingTheLanding(num_particles=3)):
+        loss = objective.differentiable_loss(model, guide, x)
+        found.append(torch.stack(torch.autograd.grad(loss, leaves), -1))
+    assert apart(found[0], found[1]) < 4.5
+    assert apart(found[0], found[2]) > 9
+    assert found[1].var(0).sum() < found[0].var(0).sum()
 
 
 def test_the_gradient_is_the_formula_and_that_of_finite_differences() -> None:

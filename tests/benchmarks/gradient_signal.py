@@ -14,6 +14,7 @@ N(A x + b, 2/3 I) at A = I / 2 and b = 0, both moved by N(0, distance²). Printe
 from __future__ import annotations
 
 import argparse
+from math import pi
 from typing import Any
 
 import pyro
@@ -77,9 +78,8 @@ def main() -> None:
     for name, values in signal.items():
         y = torch.tensor(values).double().log()
         slope = ((log_k - log_k.mean()) * (y - y.mean())).sum() / (log_k - log_k.mean()).square().sum()
-        print(
-            f"{name}: SNR ~ K^{slope:+.2f}   (no signal at all would show as {(2 / 3.14159 / replicates) ** 0.5:.4f})"
-        )
+        print(f"{name}: SNR ~ K^{slope:+.2f}")
+    print(f"No signal at all would show as an SNR of {(2 / pi / replicates) ** 0.5:.4f}.")
 
 
 if __name__ == "__main__":
