@@ -76,7 +76,33 @@ def test_a_pair_is_looked_at_once(count_looks: list[int], lg: Any, x: Tensor) ->
     fit(VAE(7, 2).model, (vae := VAE(7, 2)).guide, (x > 0).float(), objective=objective, epochs=3, progress=False)
     vae = VAE(7, 2)
     fit(vae.model, vae.guide, (x > 0).float(), objective=objective, epochs=3, batch_size=5, progress=False)
-    assert len(count_looks) <= 4  # two pairs; a last batch of one datum is looked at by itself
+    assert len(count_looks) == 2  # the last batch is of one datum
+
+
+def test_one_datum_does_not_show_which_plate_is_over_the_data(count_looks: list[int], lg: Any, x: Tensor) -> None:
+    """A batch of one takes what was found out from a larger one, and not the other way round."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("images", len(x), dim=-1), pyro.plate("channels", 1, dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([1, len(x)]))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("images", len(x), dim=-1), pyro.plate("channels", 1, dim=-2):
+            pyro.sample("z", dist.Normal(0.5 * x[:, 0], 0.5**0.5))
+
+    exact = dist.Normal(0.0, 2**0.5).log_prob(x[:, 0])
+    objective = IWAE(num_particles=3)
+    with pytest.raises(ValueError, match="are all as long as the data"):
+        objective.terms(model, guide, x[:1])
+    count_looks.clear()
+    for batch, expected in ((x, exact), (x[:1], exact[:1])):
+        torch.testing.assert_close(objective.terms(model, guide, batch).bound, expected, rtol=0, atol=1e-6)
+    assert len(count_looks) == 1
+    pair = pairs.as_functions(lg, lg.posterior)
+    for batch in (x[:1], x[:1], x, x[:1]):
+        torch.testing.assert_close(objective.terms(*pair, batch).bound, lg.log_px(batch), rtol=0, atol=1e-6)
+    assert len(count_looks) == 3
 
 
 decoder: Any = None  # as a notebook has it
@@ -142,3 +168,24 @@ def test_the_look_leaves_modes_and_random_numbers_alone(x: Tensor) -> None:
     torch.manual_seed(1)
     vae.eval()
     assert objective.loss(vae.model, vae.guide, (x > 0).float()) != first  # the dropout was on
+
+
+def test_a_function_that_a_module_holds_is_a_part_of_it(count_looks: list[int], lg: Any, x: Tensor) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transform = torch.nn.Identity().forward
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = self.transform(pyro.sample("z", pairs.prior(lg)))
+                pyro.sample("x", pairs.conditional(lg, z).to_event(1), obs=x)
+
+    model, guide = Model(), pairs.as_functions(lg, lg.posterior)[1]
+    objective = IWAE(num_particles=3)
+    for _ in range(2):
+        objective.loss(model, guide, x)
+    model.transform = lambda z: z + 0.0
+    for _ in range(2):
+        objective.loss(model, guide, x)
+    assert len(count_looks) == 2
