@@ -386,15 +386,15 @@ def test_every_kind_of_bits_is_reached() -> None:
 
 
 def test_new_noise_changes_the_bits_within_their_error() -> None:
-    """Of a trained VAE; and the discretised family of the same decoder needs fewer bits."""
+    """Of a trained VAE."""
     digits = pv.data.load("digits")
     vae = pv.VAE((8, 8), 3, likelihood=Gaussian())
-    pv.fit(vae.model, vae.guide, digits.dynamic_dequantization().train, epochs=3, progress=False)
+    pv.fit(vae.model, vae.guide, digits.dynamic_dequantization().train, epochs=2, progress=False)
     means, errors = [], []
     for seed in (0, 1):
         data = digits.dynamic_dequantization(seed=seed)
-        evidence = pv.importance_sampling(vae.model, vae.guide, data.test, num_samples=50)
-        found = pv.bits_per_dim(evidence.log_px, vae.likelihood, data.test, scale=data.scale)
+        evidence = pv.importance_sampling(vae.model, vae.guide, data.test[:101], num_samples=20)
+        found = pv.bits_per_dim(evidence.log_px, vae.likelihood, data.test[:101], scale=data.scale)
         means.append(found.mean().item())
         errors.append(found.std().item() / len(found) ** 0.5)
     assert means[0] != means[1]
