@@ -14,12 +14,19 @@ PACKAGE = Path(ppl_vae.__file__).parent
 
 # room: (side, level); as in the docstring of ppl_vae/__init__.py
 PROGRAMS = [
-    ["networks", "likelihoods", "priors", "posteriors"],
-    ["coin", "vae", "linear_gaussian"],
-    ["autoencoder"],
+    ["networks", "likelihoods", "distributions"],
+    ["priors", "posteriors"],
+    ["coin", "vae", "linear_gaussian", "hierarchical", "conditional"],
+    ["autoencoder", "semi_supervised"],
     ["storage"],
 ]
-INFERENCE = [["scoring", "pareto"], ["proposals", "parameters", "batches"], ["evidence", "training"], ["gaps"]]
+INFERENCE = [
+    ["scoring", "pareto"],
+    ["proposals", "parameters", "batches", "objectives"],
+    ["evidence", "training"],
+    ["gaps"],
+    [],
+]
 NEITHER = [["isolation", "data", "files", "plots"], ["reporting"]]
 BOTH = ["cli", "__init__"]
 
