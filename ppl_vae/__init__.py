@@ -3,11 +3,11 @@
 One idea: a pair is two Pyro programs, `model(x)` and `guide(x)`, and everything else works on any pair. The left side
 says what is believed, the right side does inference with whatever pair it is given, and neither imports the other:
 
-       programs (what is believed)                  inference (what is done with any pair)
-    0  networks  likelihoods  distributions         scoring  pareto
-    1  priors  posteriors                           proposals  parameters  batches
-    2  coin  vae  linear_gaussian                   evidence  training
-    3  autoencoder                                  gaps
+       programs (what is believed)                               inference (what is done with any pair)
+    0  networks  likelihoods  distributions                      scoring  pareto
+    1  priors  posteriors                                        proposals  parameters  batches  objectives
+    2  coin  vae  linear_gaussian  hierarchical  conditional     evidence  training
+    3  autoencoder  semi_supervised                              gaps
     4  storage
 
        neither: isolation  data  files  plots  reporting
@@ -34,15 +34,18 @@ if TYPE_CHECKING:
         batches,
         cli,
         coin,
+        conditional,
         data,
         distributions,
         evidence,
         files,
         gaps,
+        hierarchical,
         isolation,
         likelihoods,
         linear_gaussian,
         networks,
+        objectives,
         parameters,
         pareto,
         plots,
@@ -51,11 +54,13 @@ if TYPE_CHECKING:
         proposals,
         reporting,
         scoring,
+        semi_supervised,
         storage,
         training,
         vae,
     )
     from ppl_vae.autoencoder import Autoencoder
+    from ppl_vae.conditional import ConditionalVAE
     from ppl_vae.evidence import (
         AnnealedEvidence,
         Bounds,
@@ -72,9 +77,22 @@ if TYPE_CHECKING:
         sandwich,
     )
     from ppl_vae.gaps import Gaps, inference_gaps
+    from ppl_vae.hierarchical import HierarchicalVAE
     from ppl_vae.likelihoods import bits_per_dim
     from ppl_vae.linear_gaussian import LinearGaussian
+    from ppl_vae.objectives import (
+        IWAE,
+        VIMCO,
+        AnalyticKL,
+        BetaELBO,
+        DReG,
+        FreeBits,
+        ImportanceWeightedELBO,
+        SemiSupervisedELBO,
+        StickingTheLanding,
+    )
     from ppl_vae.scoring import log_weights
+    from ppl_vae.semi_supervised import M2
     from ppl_vae.storage import load, save
     from ppl_vae.training import History, fit
     from ppl_vae.vae import VAE
@@ -82,17 +100,29 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "IWAE",
+    "M2",
     "VAE",
+    "VIMCO",
+    "AnalyticKL",
     "AnnealedEvidence",
     "Autoencoder",
+    "BetaELBO",
     "Bounds",
+    "ConditionalVAE",
+    "DReG",
     "Evidence",
     "Exact",
+    "FreeBits",
     "Gaps",
+    "HierarchicalVAE",
     "History",
+    "ImportanceWeightedELBO",
     "Kind",
     "LinearGaussian",
     "ModeCheck",
+    "SemiSupervisedELBO",
+    "StickingTheLanding",
     "annealed_importance_sampling",
     "autoencoder",
     "batches",
@@ -100,6 +130,7 @@ __all__ = [
     "bounds",
     "cli",
     "coin",
+    "conditional",
     "data",
     "distributions",
     "enumeration",
@@ -108,6 +139,7 @@ __all__ = [
     "fit",
     "gaps",
     "grid_integration",
+    "hierarchical",
     "importance_sampling",
     "inference_gaps",
     "isolation",
@@ -117,6 +149,7 @@ __all__ = [
     "log_weights",
     "mode_check",
     "networks",
+    "objectives",
     "parameters",
     "pareto",
     "plots",
@@ -127,23 +160,36 @@ __all__ = [
     "sandwich",
     "save",
     "scoring",
+    "semi_supervised",
     "storage",
     "training",
     "vae",
 ]
 
 _ROOM_OF = {
+    "AnalyticKL": "objectives",
     "AnnealedEvidence": "evidence",
     "Autoencoder": "autoencoder",
+    "BetaELBO": "objectives",
     "Bounds": "evidence",
+    "DReG": "objectives",
+    "ConditionalVAE": "conditional",
     "Evidence": "evidence",
     "Exact": "evidence",
+    "FreeBits": "objectives",
     "Gaps": "gaps",
+    "HierarchicalVAE": "hierarchical",
     "History": "training",
+    "IWAE": "objectives",
+    "ImportanceWeightedELBO": "objectives",
     "Kind": "evidence",
     "LinearGaussian": "linear_gaussian",
+    "M2": "semi_supervised",
     "ModeCheck": "evidence",
+    "StickingTheLanding": "objectives",
+    "SemiSupervisedELBO": "objectives",
     "VAE": "vae",
+    "VIMCO": "objectives",
     "annealed_importance_sampling": "evidence",
     "bits_per_dim": "likelihoods",
     "bounds": "evidence",

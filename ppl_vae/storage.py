@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from ppl_vae import files, likelihoods, posteriors, priors
 from ppl_vae.autoencoder import Autoencoder
 from ppl_vae.coin import BetaBernoulli
+from ppl_vae.conditional import ConditionalVAE
+from ppl_vae.hierarchical import HierarchicalVAE
 from ppl_vae.linear_gaussian import LinearGaussian
-from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder
+from ppl_vae.networks import MLP, ConditionalMLP, ConvDecoder, ConvEncoder
+from ppl_vae.semi_supervised import M2
 from ppl_vae.vae import VAE
 
 # What a file may name. Nothing else is ever imported or called on the word of a file.
-PROGRAMS = (VAE, Autoencoder, LinearGaussian, BetaBernoulli)
-NETWORKS = (MLP, ConvEncoder, ConvDecoder)
+PROGRAMS = (VAE, Autoencoder, HierarchicalVAE, ConditionalVAE, M2, LinearGaussian, BetaBernoulli)
+NETWORKS = (MLP, ConditionalMLP, ConvEncoder, ConvDecoder)
 PRIORS = (priors.Flat, priors.FlowPrior, priors.GaussianMixture, priors.StandardNormal, priors.VampPrior)
 POSTERIORS = (
     posteriors.CouplingFlow,

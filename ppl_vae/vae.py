@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ppl_vae import isolation
 from ppl_vae.likelihoods import Bernoulli, Likelihood
-from ppl_vae.networks import MLP, over_leading, register
+from ppl_vae.networks import MLP, check_batch, over_leading, register
 from ppl_vae.posteriors import DiagonalNormal, Posterior
 from ppl_vae.priors import StandardNormal, VampPrior
 
@@ -37,7 +37,7 @@ class Model(nn.Module):
         """Scores x of shape `(batch, *data_shape)` under Pyro's handlers; without x, draws `num_data` of them."""
         register("model", self)
         if x is not None:
-            _check_batch(x, self.data_shape)
+            check_batch(x, self.data_shape)
         with pyro.plate("data", num_data if x is None else len(x)):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.decode(z), obs=x)
@@ -74,19 +74,9 @@ class Guide(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Draws z for each datum of x, `(batch, *data_shape)`."""
         register("guide", self)
-        _check_batch(x, self.data_shape)
+        check_batch(x, self.data_shape)
         with pyro.plate("data", len(x)):
             return pyro.sample("z", self.encode(x))
-
-
-def _check_batch(x: Tensor, data_shape: tuple[int, ...]) -> None:
-    if x.shape[1:] != data_shape:
-        raise ValueError(
-            f"This model was built for a batch of shape (batch, {', '.join(map(str, data_shape))}); got "
-            f"{tuple(x.shape)}. Reshape the data, or build the model with their shape."
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"Networks take floating-point data; got {x.dtype}. Convert with x.float().")
 
 
 def _check_count(network: str, shape: Sequence[int], expected: int) -> None:

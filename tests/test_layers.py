@@ -16,11 +16,17 @@ PACKAGE = Path(ppl_vae.__file__).parent
 PROGRAMS = [
     ["networks", "likelihoods", "distributions"],
     ["priors", "posteriors"],
-    ["coin", "vae", "linear_gaussian"],
-    ["autoencoder"],
+    ["coin", "vae", "linear_gaussian", "hierarchical", "conditional"],
+    ["autoencoder", "semi_supervised"],
     ["storage"],
 ]
-INFERENCE = [["scoring", "pareto"], ["proposals", "parameters", "batches"], ["evidence", "training"], ["gaps"], []]
+INFERENCE = [
+    ["scoring", "pareto"],
+    ["proposals", "parameters", "batches", "objectives"],
+    ["evidence", "training"],
+    ["gaps"],
+    [],
+]
 NEITHER = [["isolation", "data", "files", "plots"], ["reporting"]]
 BOTH = ["cli", "__init__"]
 
