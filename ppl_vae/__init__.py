@@ -7,7 +7,7 @@ says what is believed, the right side does inference with whatever pair it is gi
     0  networks  likelihoods  priors  posteriors    scoring  pareto
     1  coin  vae  linear_gaussian                   proposals  parameters  batches
     2  autoencoder                                  evidence  training
-    3  storage                                      gaps
+    3  storage                                      gaps  diagnostics
 
        neither: isolation  data  files  plots  reporting
        both: cli  and this file
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         cli,
         coin,
         data,
+        diagnostics,
         evidence,
         files,
         gaps,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         vae,
     )
     from ppl_vae.autoencoder import Autoencoder
+    from ppl_vae.diagnostics import Diagnostics, diagnose
     from ppl_vae.evidence import (
         AnnealedEvidence,
         Bounds,
@@ -84,6 +86,7 @@ __all__ = [
     "AnnealedEvidence",
     "Autoencoder",
     "Bounds",
+    "Diagnostics",
     "Evidence",
     "Exact",
     "Gaps",
@@ -99,6 +102,8 @@ __all__ = [
     "cli",
     "coin",
     "data",
+    "diagnose",
+    "diagnostics",
     "enumeration",
     "evidence",
     "files",
@@ -133,6 +138,7 @@ _ROOM_OF = {
     "AnnealedEvidence": "evidence",
     "Autoencoder": "autoencoder",
     "Bounds": "evidence",
+    "Diagnostics": "diagnostics",
     "Evidence": "evidence",
     "Exact": "evidence",
     "Gaps": "gaps",
@@ -144,6 +150,7 @@ _ROOM_OF = {
     "annealed_importance_sampling": "evidence",
     "bits_per_dim": "likelihoods",
     "bounds": "evidence",
+    "diagnose": "diagnostics",
     "enumeration": "evidence",
     "fit": "training",
     "grid_integration": "evidence",

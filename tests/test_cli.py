@@ -206,6 +206,14 @@ def test_a_run_on_digits_is_trained_evaluated_and_sampled(ppl_vae: Runner, tmp_p
 
     # The file's numbers are those of the library on the same data.
     vae, test = pv.load(run / "weights.safetensors"), pv.data.load("digits").static_binarization(seed=3).test
+    found = pv.diagnose(vae.model, vae.guide, test)
+    assert f"{found.mean['mutual_information']:.4f}" in evaluated.out
+    assert results["diagnostics"]["mean"] == pytest.approx(found.mean, abs=1e-4)
+    assert results["diagnostics"]["active_units"] == found.num_active
+    kl = [latent["kl"] for latent in results["diagnostics"]["latents"].values()]
+    assert kl == pytest.approx(per_datum["kl_per_dimension"].mean(0).tolist())
+    assert torch.allclose(per_datum["kl_to_prior"], per_datum["kl_per_dimension"].sum(1))
+    assert "figures/kl_per_dimension.png" in contents(run)
     again = pv.importance_sampling(vae.model, vae.guide, test, num_samples=50, seed=0, max_rows=4096)
     assert torch.allclose(again.log_px, per_datum["log_px"], atol=1e-4)
 

@@ -19,7 +19,12 @@ PROGRAMS = [
     ["autoencoder"],
     ["storage"],
 ]
-INFERENCE = [["scoring", "pareto"], ["proposals", "parameters", "batches"], ["evidence", "training"], ["gaps"]]
+INFERENCE = [
+    ["scoring", "pareto"],
+    ["proposals", "parameters", "batches"],
+    ["evidence", "training"],
+    ["gaps", "diagnostics"],
+]
 NEITHER = [["isolation", "data", "files", "plots"], ["reporting"]]
 BOTH = ["cli", "__init__"]
 

@@ -39,7 +39,7 @@ def test_importing_plots_does_not_import_pyplot() -> None:
 
 
 def test_every_picture_is_drawn_on_the_axes_it_is_given() -> None:
-    axes = plt.subplots(2, 4)[1].flat
+    axes = plt.subplots(3, 3)[1].flat
     images = torch.rand(4, 5, 5)
     draw = [
         lambda ax: plots.loss_curve(SimpleNamespace(loss=[2.0, 1.0], validation=[]), ax=ax),
@@ -50,6 +50,7 @@ def test_every_picture_is_drawn_on_the_axes_it_is_given() -> None:
         lambda ax: plots.estimate_against_samples([1, 2], [-2.0, -1.0], ax=ax),
         lambda ax: plots.pareto_k(torch.rand(5), ax=ax),
         lambda ax: plots.ladder(["ELBO", "IWAE 10"], [-2.0, -1.0], ax=ax),
+        lambda ax: plots.kl_per_dimension(torch.rand(7, 3), ax=ax),
     ]
     for function, ax in zip(draw, axes, strict=True):
         assert function(ax) is ax
@@ -406,3 +407,26 @@ def test_pareto_k_refuses_other_shapes() -> None:
     for k in (torch.rand(2, 2), torch.rand(0)):
         with pytest.raises(ValueError, match="one Pareto k per datum"):
             plots.pareto_k(k)
+
+
+def test_kl_per_dimension_draws_the_largest_first_and_greys_what_is_not_active() -> None:
+    kl = torch.tensor([[0.1, 3.0, 0.0], [0.3, 4.0, 0.0]])
+    ax = plots.kl_per_dimension(kl, active=torch.tensor([True, True, False]), names=["a", "b", "c"])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["b", "a", "c"]
+    by_place = {round(bar.get_x() + bar.get_width() / 2): bar for bar in ax.patches}
+    assert [by_place[i].get_height() for i in range(3)] == pytest.approx([3.5, 0.2, 0.0])
+    assert by_place[0].get_facecolor() == by_place[1].get_facecolor() != by_place[2].get_facecolor()
+    assert legend(ax) == ["active: 2 of 3", "not active: 1 of 3"]
+    # Two standard errors to both sides: sd / √N is 0.5 for b.
+    assert ax.collections[0].get_segments()[0][:, 1].tolist() == pytest.approx([2.5, 4.5])
+    plots.kl_per_dimension(torch.rand(1, 40))
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.rand(3), torch.rand(0, 3), torch.full((2, 2), torch.inf)], ids=["vector", "no data", "infinite"]
+)
+def test_kl_per_dimension_refuses(wrong: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="Expected finite KL"):
+        plots.kl_per_dimension(wrong)
+    with pytest.raises(ValueError, match="an activity and a name for each of 2"):
+        plots.kl_per_dimension(torch.rand(3, 2), names=["a"])

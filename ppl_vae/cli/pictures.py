@@ -10,6 +10,7 @@ import matplotlib
 
 import ppl_vae as pv
 from ppl_vae import files, plots
+from ppl_vae.diagnostics import Diagnostics
 from ppl_vae.evidence import Evidence
 
 if TYPE_CHECKING:
@@ -51,6 +52,20 @@ def pareto_k(evidence: Evidence) -> Picture:
         plots.pareto_k(evidence.pareto_k),
         "Pareto k of every test datum: up to 0.7 its log p(x) can be used, above it is too low by an unknown amount.",
     )
+
+
+def kl_per_dimension(found: Diagnostics) -> dict[str, Picture]:
+    """The KL of each latent dimension, where there is such a thing."""
+    if found.kl_per_dimension is None or not found.kl_per_dimension.isfinite().all():
+        return {}
+    ax = plots.kl_per_dimension(found.kl_per_dimension, active=found.active, names=found.dimensions)
+    return {
+        "kl_per_dimension": (
+            ax,
+            "How far q(z given x) is from the prior in each latent dimension. A dimension that is not active has "
+            "nearly the same posterior mean for all data.",
+        )
+    }
 
 
 def draw(pictures: dict[str, Picture], folder: Path) -> None:
