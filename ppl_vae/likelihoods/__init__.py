@@ -22,7 +22,8 @@ Which data a family scores, and what its log-probability is:
 
 from ppl_vae.likelihoods.binary import Bernoulli
 from ppl_vae.likelihoods.binned import Binned, DiscretisedGaussian, DiscretisedLogistic
-from ppl_vae.likelihoods.contract import Likelihood, Measure, bits_per_dim
+from ppl_vae.likelihoods.bits import bits_per_dim, without_bits
+from ppl_vae.likelihoods.contract import Likelihood, Measure
 from ppl_vae.likelihoods.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from ppl_vae.likelihoods.interval import Beta, ContinuousBernoulli
 from ppl_vae.likelihoods.levels import Binomial, Categorical
@@ -51,4 +52,5 @@ __all__ = [
     "StudentT",
     "ZeroInflatedNegativeBinomial",
     "bits_per_dim",
+    "without_bits",
 ]
