@@ -10,7 +10,7 @@ says what is believed, the right side does inference with whatever pair it is gi
     3  storage                                      gaps  diagnostics
 
        neither: isolation  data  files  plots  reporting
-       both: cli  and this file
+       both: comparing  cli  and this file
 
 A room imports from rooms below it on its own side and from those of neither side.
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         batches,
         cli,
         coin,
+        comparing,
         data,
         diagnostics,
         evidence,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         vae,
     )
     from ppl_vae.autoencoder import Autoencoder
+    from ppl_vae.comparing import Comparison, compare
     from ppl_vae.diagnostics import Diagnostics, diagnose
     from ppl_vae.evidence import (
         AnnealedEvidence,
@@ -86,6 +88,7 @@ __all__ = [
     "AnnealedEvidence",
     "Autoencoder",
     "Bounds",
+    "Comparison",
     "Diagnostics",
     "Evidence",
     "Exact",
@@ -101,6 +104,8 @@ __all__ = [
     "bounds",
     "cli",
     "coin",
+    "compare",
+    "comparing",
     "data",
     "diagnose",
     "diagnostics",
@@ -138,6 +143,7 @@ _ROOM_OF = {
     "AnnealedEvidence": "evidence",
     "Autoencoder": "autoencoder",
     "Bounds": "evidence",
+    "Comparison": "comparing",
     "Diagnostics": "diagnostics",
     "Evidence": "evidence",
     "Exact": "evidence",
@@ -150,6 +156,7 @@ _ROOM_OF = {
     "annealed_importance_sampling": "evidence",
     "bits_per_dim": "likelihoods",
     "bounds": "evidence",
+    "compare": "comparing",
     "diagnose": "diagnostics",
     "enumeration": "evidence",
     "fit": "training",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from math import sqrt
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +41,7 @@ def test_importing_plots_does_not_import_pyplot() -> None:
 
 
 def test_every_picture_is_drawn_on_the_axes_it_is_given() -> None:
-    axes = plt.subplots(3, 3)[1].flat
+    axes = plt.subplots(2, 5)[1].flat
     images = torch.rand(4, 5, 5)
     draw = [
         lambda ax: plots.loss_curve(SimpleNamespace(loss=[2.0, 1.0], validation=[]), ax=ax),
@@ -51,6 +53,7 @@ def test_every_picture_is_drawn_on_the_axes_it_is_given() -> None:
         lambda ax: plots.pareto_k(torch.rand(5), ax=ax),
         lambda ax: plots.ladder(["ELBO", "IWAE 10"], [-2.0, -1.0], ax=ax),
         lambda ax: plots.kl_per_dimension(torch.rand(7, 3), ax=ax),
+        lambda ax: plots.calibration(torch.rand(500), ax=ax),
     ]
     for function, ax in zip(draw, axes, strict=True):
         assert function(ax) is ax
@@ -430,3 +433,35 @@ def test_kl_per_dimension_refuses(wrong: torch.Tensor) -> None:
         plots.kl_per_dimension(wrong)
     with pytest.raises(ValueError, match="an activity and a name for each of 2"):
         plots.kl_per_dimension(torch.rand(3, 2), names=["a"])
+
+
+def test_calibration_of_uniform_numbers_stays_in_its_band() -> None:
+    g = torch.Generator().manual_seed(0)
+    ax = plots.calibration(torch.rand(5000, generator=g))
+    low, high = _band(ax)
+    heights = [bar.get_height() for bar in _bars(ax)]
+    assert len(heights) == 20
+    assert sum(heights) == pytest.approx(20)
+    assert low < min(heights) < max(heights) < high
+    # 1 ± 3.48 √(19 / 5000): the normal quantile of 0.01 / 40.
+    assert high - 1 == pytest.approx(1 - low) == pytest.approx(3.4808 * sqrt(19 / 5000), rel=1e-3)
+    heights = [bar.get_height() for bar in _bars(plots.calibration(torch.rand(5000, generator=g).square()))]
+    assert heights[0] > high
+
+
+def test_calibration_refuses() -> None:
+    with pytest.raises(ValueError, match="5 numbers for each"):
+        plots.calibration(torch.rand(99))
+    with pytest.raises(ValueError, match=r"numbers in \[0, 1\]"):
+        plots.calibration(torch.rand(500) + 0.5)
+    with pytest.raises(ValueError, match=r"numbers in \[0, 1\]"):
+        plots.calibration(torch.full((500,), torch.nan))
+
+
+def _bars(ax: Any) -> list[Any]:
+    return list(ax.containers[0])
+
+
+def _band(ax: Any) -> tuple[float, float]:
+    (band,) = [patch for patch in ax.patches if patch not in _bars(ax)]
+    return band.get_y(), band.get_y() + band.get_height()
