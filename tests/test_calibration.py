@@ -152,7 +152,7 @@ def test_what_is_refused() -> None:
     def masked(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", pairs.prior(lg))
-            with poutine.mask(mask=x[:, 0] > x[0, 0]):
+            with poutine.mask(mask=x[:, 0] > 0):
                 pyro.sample("x", pairs.conditional(lg, z).to_event(1), obs=x)
 
     with pytest.raises(ValueError, match="'x' is masked"):
