@@ -39,7 +39,7 @@ def samples(comparison: Comparison) -> Figure:
         images = torch.cat([row.vae.sample(NUM_IMAGES, seed=0, mean=True), row.vae.sample(NUM_IMAGES, seed=0)])
         plots.image_grid(on_unit(row, images), columns=NUM_IMAGES, title=row.name, ax=ax)
 
-    return _panels(comparison, panel, height=1.35, title="z of the prior: the mean of p(x given z), and a draw")
+    return _panels(comparison, panel, height=1.1, title="z of the prior: the mean of p(x given z), and a draw")
 
 
 def reconstructions(comparison: Comparison) -> Figure:
@@ -48,9 +48,9 @@ def reconstructions(comparison: Comparison) -> Figure:
     def panel(row: Row, ax: Axes) -> None:
         x = row.data.test[:NUM_IMAGES]
         again = on_unit(row, row.vae.reconstruct(x))
-        plots.reconstructions(on_unit(row, x), again, num_images=NUM_IMAGES, ax=ax).set_title(row.name)
+        plots.reconstructions(on_unit(row, x), again, num_images=NUM_IMAGES, ax=ax).set(title=row.name, yticks=[])
 
-    return _panels(comparison, panel, height=1.35, title="Test data, and below each the mean of p(x given z)")
+    return _panels(comparison, panel, height=1.1, title="Test data, and p(x given z) in the mean")
 
 
 def calibration(comparison: Comparison) -> Figure:
