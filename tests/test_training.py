@@ -6,7 +6,7 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import log, pi
 from typing import Any
 
@@ -475,6 +475,15 @@ def test_patience_without_validation_is_refused(x: Tensor) -> None:
         fit(vae.model, vae.guide, x, patience=3)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where pytest was started with SIGINT ignored, as a job in the background is."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_returns_what_was_learned(x: Tensor) -> None:
     vae = small_vae()
     before = copied(vae)

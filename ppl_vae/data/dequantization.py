@@ -22,6 +22,7 @@ class DynamicDequantization(TensorDataset):
         scale: `Dequantized(L)`, or `Logit(L, margin)`.
 
     Raises:
+        TypeError: The levels are not floating point.
         ValueError: A value is none of these levels.
 
     Example:
