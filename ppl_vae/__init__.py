@@ -5,7 +5,7 @@ says what is believed, the right side does inference with whatever pair it is gi
 
        programs (what is believed)                  inference (what is done with any pair)
     0  networks  likelihoods  priors  posteriors    scoring  pareto
-    1  coin  vae  linear_gaussian                   proposals  parameters  batches
+    1  coin  vae  linear_gaussian                   proposals  parameters  batches  objectives
     2  autoencoder                                  evidence  training
     3  storage                                      gaps  diagnostics
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         likelihoods,
         linear_gaussian,
         networks,
+        objectives,
         parameters,
         pareto,
         plots,
@@ -76,6 +77,16 @@ if TYPE_CHECKING:
     from ppl_vae.gaps import Gaps, inference_gaps
     from ppl_vae.likelihoods import bits_per_dim
     from ppl_vae.linear_gaussian import LinearGaussian
+    from ppl_vae.objectives import (
+        IWAE,
+        VIMCO,
+        AnalyticKL,
+        BetaELBO,
+        DReG,
+        FreeBits,
+        ImportanceWeightedELBO,
+        StickingTheLanding,
+    )
     from ppl_vae.scoring import log_weights
     from ppl_vae.storage import load, save
     from ppl_vae.training import History, fit
@@ -84,19 +95,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "IWAE",
     "VAE",
+    "VIMCO",
+    "AnalyticKL",
     "AnnealedEvidence",
     "Autoencoder",
+    "BetaELBO",
     "Bounds",
     "Comparison",
+    "DReG",
     "Diagnostics",
     "Evidence",
     "Exact",
+    "FreeBits",
     "Gaps",
     "History",
+    "ImportanceWeightedELBO",
     "Kind",
     "LinearGaussian",
     "ModeCheck",
+    "StickingTheLanding",
     "annealed_importance_sampling",
     "autoencoder",
     "batches",
@@ -124,6 +143,7 @@ __all__ = [
     "log_weights",
     "mode_check",
     "networks",
+    "objectives",
     "parameters",
     "pareto",
     "plots",
@@ -140,19 +160,27 @@ __all__ = [
 ]
 
 _ROOM_OF = {
+    "AnalyticKL": "objectives",
     "AnnealedEvidence": "evidence",
     "Autoencoder": "autoencoder",
+    "BetaELBO": "objectives",
     "Bounds": "evidence",
     "Comparison": "comparing",
     "Diagnostics": "diagnostics",
+    "DReG": "objectives",
     "Evidence": "evidence",
     "Exact": "evidence",
+    "FreeBits": "objectives",
     "Gaps": "gaps",
     "History": "training",
+    "IWAE": "objectives",
+    "ImportanceWeightedELBO": "objectives",
     "Kind": "evidence",
     "LinearGaussian": "linear_gaussian",
     "ModeCheck": "evidence",
+    "StickingTheLanding": "objectives",
     "VAE": "vae",
+    "VIMCO": "objectives",
     "annealed_importance_sampling": "evidence",
     "bits_per_dim": "likelihoods",
     "bounds": "evidence",

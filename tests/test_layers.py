@@ -21,7 +21,7 @@ PROGRAMS = [
 ]
 INFERENCE = [
     ["scoring", "pareto"],
-    ["proposals", "parameters", "batches"],
+    ["proposals", "parameters", "batches", "objectives"],
     ["evidence", "training"],
     ["gaps", "diagnostics"],
 ]

@@ -12,21 +12,24 @@ dimension for each of the pair's `nesting` levels of plates.
 from ppl_vae.scoring.data import check_data, rows, widened
 from ppl_vae.scoring.inspection import data_plates
 from ppl_vae.scoring.pair import PROBE_DATA, Pair, log_weights
-from ppl_vae.scoring.running import Program, Values, loop, particles, scored_sites, tiles
+from ppl_vae.scoring.running import Program, Sites, Values, log_probs, loop, particles, run, scored_sites, tiles
 from ppl_vae.scoring.target import Target
 
 __all__ = [
     "PROBE_DATA",
     "Pair",
     "Program",
+    "Sites",
     "Target",
     "Values",
     "check_data",
     "data_plates",
+    "log_probs",
     "log_weights",
     "loop",
     "particles",
     "rows",
+    "run",
     "scored_sites",
     "tiles",
     "widened",

@@ -28,6 +28,10 @@ class Layout:
     ranks: dict[str, int]
     most_rows: float
 
+    def plate_scale(self, num_data: int) -> float:
+        """N / B of a subsampled plate, by which a sum over the batch estimates that over all data; 1 of any other."""
+        return 1.0 if self.most_rows == torch.inf else self.most_rows / num_data
+
     def per_datum(self, log_probs: Iterable[Tensor], args: tuple[Any, ...]) -> Tensor:
         """Sums log-probabilities over all but samples and data, in float64: `(num_samples or 1, batch)`."""
         total = torch.zeros(1, len(args[0]), dtype=torch.float64, device=args[0].device)

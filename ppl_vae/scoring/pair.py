@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from copy import copy
 from typing import Any
 
 import pyro
@@ -77,11 +78,12 @@ class Pair:
         encodes_once: whether one run of the guide serves all samples of a datum. It does unless the guide draws one
             latent given another.
         splits: whether the data may be given in parts; not so for an autoguide, which has parameters for each datum.
+        without_rsample: names of the guide's sites through whose draws no gradient flows.
     """
 
     def __init__(self, model: Program, guide: Program, *args: Any) -> None:
         check_data(*args)
-        self.model, self.guide = model, guide
+        self._bind(model, guide)
         # An autoguide has parameters for each datum: it runs on all the data or not at all, as does a program whose
         # plate has a fixed size.
         whole = isinstance(guide, (AutoGuide, GuideMessenger))
@@ -90,9 +92,6 @@ class Pair:
                 "The autoguide has not run yet, so it has no parameters, and would be set up for the data that are to "
                 "be scored. Train it first."
             )
-        if isinstance(guide, GuideMessenger):
-            # Such a guide runs the model, whose observed sites have no part in q.
-            self.guide = poutine.block(guide, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
         with isolation.evaluation(model, guide, seed=0), pyro.validation_enabled(True):
             for probe in [args] if whole else [rows(args, slice(PROBE_DATA)), args]:
                 try:
@@ -106,6 +105,18 @@ class Pair:
         if whole:
             raise ValueError(f"An autoguide can be scored only on the data it was trained on. {refusal}") from refusal
         raise refusal
+
+    def _bind(self, model: Any, guide: Any) -> None:
+        self.model, self.guide = model, guide
+        if isinstance(guide, GuideMessenger):
+            # Such a guide runs the model, whose observed sites have no part in q.
+            self.guide = poutine.block(guide, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
+
+    def bound_to(self, model: Program | None, guide: Program | None) -> Pair:
+        """A copy with what was found out, for the same programs; with None it keeps no program alive."""
+        pair = copy(self)
+        pair._bind(model, guide)
+        return pair
 
     def log_weights(self, *args: Any, num_samples: int) -> Tensor:
         """log p(x, z) − log q(z given x) at draws from the guide, float64 `(num_samples, batch)`."""
@@ -173,6 +184,7 @@ class Pair:
         of_data = next(f for stack in stacks for f in stack if f.name == plate)
         subsampled = of_data.full_size not in (None, of_data.size)
         self.layout = Layout(plate, dim, nesting, ranks, most_rows=of_data.full_size if subsampled else torch.inf)
+        self.without_rsample = [name for name, site in guide.items() if not site["fn"].has_rsample]
         # A Delta computes its value from the other sites.
         self.drawn = [name for name, site in guide.items() if not (site["is_observed"] or is_delta(site))]
 

@@ -1,0 +1,169 @@
+"""`fit`: the loop over epochs and batches."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+from tqdm.auto import tqdm
+
+from ppl_vae import isolation, parameters
+from ppl_vae.batches import Batches, as_tuple
+from ppl_vae.objectives import Objective
+from ppl_vae.scoring import Program
+from ppl_vae.training.checkpoints import Checkpoint, Run
+from ppl_vae.training.history import History
+from ppl_vae.training.steps import Trained
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    *data: Any,
+    objective: ELBO | None = None,
+    epochs: int = 20,
+    batch_size: int = 128,
+    learning_rate: float | Callable[[float], float] = 1e-3,
+    validation: Any = None,
+    patience: int | None = None,
+    clip_norm: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    seed: int | None = 0,
+    progress: bool = True,
+) -> History:
+    """Trains a pair by stochastic gradient descent on a Pyro `ELBO`, with Adam, and returns the history.
+
+    The parameters are those of the two programs where they are modules (or methods of one), and those that
+    `pyro.module` and `pyro.param` make known to Pyro. A network that is called but not among them is an error, so
+    that nothing is left untrained in silence.
+
+    Args:
+        model: p(x, z): a module, a bound method or a function.
+        guide: q(z given x), with the same arguments.
+        *data: the training data: tensors with one row per datum, or one `Dataset`, or one `DataLoader` (which brings
+            its own batches).
+        objective: any `pyro.infer.ELBO`, of Pyro or of `ppl_vae.objectives`; `Trace_ELBO()` by default. A schedule
+            in it, such as of a KL warm-up, follows the share of training done.
+        epochs: passes over the data.
+        batch_size: of a step; the last batch of an epoch may be shorter.
+        learning_rate: of Adam, a number or a function of the share of training done, from 0 to 1; so
+            `lambda t: 1e-3 * 0.1**t` decays from 1e-3 to 1e-4.
+        validation: data of the same kind (a tuple where there are several tensors), scored after each epoch.
+        patience: stop when validation has not improved for so many epochs, and go back to the best weights.
+        clip_norm: the largest norm of the gradient of the loss per datum.
+        checkpoint: a folder, for a file from which the run can go on as if it had never stopped. It is written after
+            an epoch, at most every ten seconds, and when training ends for whatever reason; a kill leaves the earlier
+            one whole. An epoch cut short is begun again.
+        resume: go on from the checkpoint; begin where there is none yet. On a CPU the end is the same to the last bit
+            (of random numbers, those of torch's own generator are kept). `epochs` may be raised; a learning rate that
+            depends on the share of training done is then that of a run of so many epochs, so it may go up again.
+        seed: of batches and samples; None uses the global random state.
+        progress: show a bar.
+
+    Returns:
+        A `History`, also when interrupted by Ctrl-C: the weights are then those of the last step. When resumed, of
+        the whole run.
+
+    Raises:
+        TypeError: for data of no known kind, or batches with more tensors than the programs take.
+        ValueError: for no data, NaN in them, or data outside the likelihood's support (every datum is checked in the
+            first epoch); for a checkpoint that is corrupt, of another pair, or of a run with other settings.
+        FileExistsError: when there is a checkpoint in the folder and `resume` is False.
+        RuntimeError: when there is nothing to train, when a network is not registered or hides behind an earlier one
+            of the same name in the parameter store, and when loss or gradient are no longer finite. The sentence
+            names the parameter, or epoch, batch and site; the weights are the last good ones.
+
+    Example:
+        >>> from ppl_vae.vae import VAE
+        >>> vae = VAE((3,), latent_dim=2)
+        >>> x = torch.eye(3).repeat(20, 1)
+        >>> history = fit(vae.model, vae.guide, x, epochs=30, batch_size=10, learning_rate=1e-2, progress=False)
+        >>> history.loss[-1] < history.loss[0]
+        True
+    """
+    if patience is not None and validation is None:
+        raise ValueError("Early stopping (patience) needs validation data; pass validation=x_valid.")
+    for name, number in (("epochs", epochs), ("patience", patience)):
+        if number is not None and not (isinstance(number, (int, np.integer)) and number >= 1):
+            raise ValueError(f"{name} must be an integer of at least 1; got {number!r}.")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm is the largest norm a gradient may have and must be positive; got {clip_norm!r}.")
+    objective = Trace_ELBO() if objective is None else objective
+    if not isinstance(objective, ELBO):
+        raise TypeError(f"objective must be an instance of a pyro.infer.ELBO, such as Trace_ELBO(); got {objective!r}.")
+    batches = Batches(data, batch_size)
+    held_out = None if validation is None else Batches(as_tuple(validation), batch_size)
+    rate = learning_rate if callable(learning_rate) else lambda _: learning_rate
+    settings = {
+        "objective": repr(objective) if isinstance(objective, Objective) else _described(objective),
+        "data": batches.num_data,
+        "batch_size": batches.size,
+        "validation data": held_out.num_data if held_out else None,
+        "patience": patience,
+        "seed": seed,
+    }
+    kept = Checkpoint(checkpoint, settings, resume=resume)
+    if kept.epochs > epochs:
+        raise ValueError(f"{kept} has {kept.epochs} epochs behind it, more than epochs={epochs}. Raise epochs.")
+    with isolation.seeded(seed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # said below, with the site
+        trained = Trained(model, guide, objective, batches)
+        optimizer = torch.optim.Adam(trained.parameters.values(), lr=rate(0.0), fused=True)
+        run = Run(trained, optimizer)
+        trained.set_progress(kept.epochs / epochs)
+        kept.restore(run, batches)
+        history, start = run.history, kept.epochs
+        began = time.perf_counter() - history.seconds
+        quiet = {} if progress else {"disable": True}  # else the environment's TQDM_DISABLE has the say
+        left = range(start, epochs) if history.stopped != "early stopping" else ()
+        bar = tqdm(left, desc="fit", unit="epoch", initial=start, total=epochs, **quiet)
+        total, count = torch.zeros(2), 0
+        try:
+            for epoch in bar:
+                # Pyro's validation finds data outside a likelihood's support; once over the data is enough.
+                with pyro.validation_enabled(epoch == start):
+                    for index, batch in enumerate(batches):
+                        share = (epoch + index / len(batches)) / epochs
+                        trained.set_progress(share)
+                        for group in optimizer.param_groups:
+                            group["lr"] = rate(share)
+                        terms = trained.step(optimizer, batch, clip_norm, f"epoch {epoch + 1}, batch {index + 1}")
+                        total, count = total + terms * len(batch[0]), count + len(batch[0])
+                history.add(*(total / count).tolist())
+                total, count = torch.zeros(2), 0
+                parameters.check_store(trained.stored)
+                shown = {"loss": f"{history.loss[-1]:.3f}"}
+                if held_out is not None:
+                    history.validation.append(trained.evaluate(held_out))
+                    shown["validation"] = f"{history.validation[-1]:.3f}"
+                    if patience and run.no_better_for(patience):
+                        history.stopped = "early stopping"
+                bar.set_postfix(shown)
+                history.seconds = time.perf_counter() - began
+                kept.keep(run)
+                if history.stopped == "early stopping":
+                    break
+            if run.best:
+                trained.restore(run.best)
+        except KeyboardInterrupt:
+            history.stopped = "interrupted"
+            if count:
+                history.add(*(total / count).tolist())
+        finally:
+            bar.close()
+            optimizer.zero_grad()
+            kept.write()
+    history.seconds = time.perf_counter() - began
+    return history
+
+
+def _described(objective: ELBO) -> str:
+    return f"{type(objective).__name__}(num_particles={objective.num_particles})"
