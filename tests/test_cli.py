@@ -76,9 +76,10 @@ def contents(folder: Path) -> set[str]:
 # Without torch
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["demo"], ["train"], ["evaluate"], ["compare"], ["sample"], ["coin"], ["data"]]
-)
+COMMANDS = ["demo", "train", "evaluate", "compare", "sample", "coin", "data"]
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = f"""
 import sys
