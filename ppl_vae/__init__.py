@@ -4,13 +4,14 @@ One idea: a pair is two Pyro programs, `model(x)` and `guide(x)`, and everything
 says what is believed, the right side does inference with whatever pair it is given, and neither imports the other:
 
        programs (what is believed)                               inference (what is done with any pair)
-    0  networks  likelihoods  priors  posteriors                 scoring  pareto
-    1  coin  vae  linear_gaussian  hierarchical  conditional     proposals  parameters  batches  objectives
-    2  autoencoder  semi_supervised                              evidence  training
-    3  storage                                                   gaps
+    0  networks  likelihoods  distributions                      scoring  pareto
+    1  priors  posteriors                                        proposals  parameters  batches  objectives
+    2  coin  vae  linear_gaussian  hierarchical  conditional     evidence  training
+    3  autoencoder  semi_supervised                              gaps  diagnostics
+    4  storage
 
        neither: isolation  data  files  plots  reporting
-       both: cli  and this file
+       both: comparing  cli  and this file
 
 A room imports from rooms below it on its own side and from those of neither side.
 
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
         batches,
         cli,
         coin,
+        comparing,
         conditional,
         data,
+        diagnostics,
+        distributions,
         evidence,
         files,
         gaps,
@@ -58,7 +62,9 @@ if TYPE_CHECKING:
         vae,
     )
     from ppl_vae.autoencoder import Autoencoder
+    from ppl_vae.comparing import Comparison, compare
     from ppl_vae.conditional import ConditionalVAE
+    from ppl_vae.diagnostics import Diagnostics, diagnose
     from ppl_vae.evidence import (
         AnnealedEvidence,
         Bounds,
@@ -107,8 +113,10 @@ __all__ = [
     "Autoencoder",
     "BetaELBO",
     "Bounds",
+    "Comparison",
     "ConditionalVAE",
     "DReG",
+    "Diagnostics",
     "Evidence",
     "Exact",
     "FreeBits",
@@ -128,8 +136,13 @@ __all__ = [
     "bounds",
     "cli",
     "coin",
+    "compare",
+    "comparing",
     "conditional",
     "data",
+    "diagnose",
+    "diagnostics",
+    "distributions",
     "enumeration",
     "evidence",
     "files",
@@ -169,8 +182,10 @@ _ROOM_OF = {
     "Autoencoder": "autoencoder",
     "BetaELBO": "objectives",
     "Bounds": "evidence",
-    "ConditionalVAE": "conditional",
+    "Comparison": "comparing",
+    "Diagnostics": "diagnostics",
     "DReG": "objectives",
+    "ConditionalVAE": "conditional",
     "Evidence": "evidence",
     "Exact": "evidence",
     "FreeBits": "objectives",
@@ -183,13 +198,15 @@ _ROOM_OF = {
     "LinearGaussian": "linear_gaussian",
     "M2": "semi_supervised",
     "ModeCheck": "evidence",
-    "SemiSupervisedELBO": "objectives",
     "StickingTheLanding": "objectives",
+    "SemiSupervisedELBO": "objectives",
     "VAE": "vae",
     "VIMCO": "objectives",
     "annealed_importance_sampling": "evidence",
     "bits_per_dim": "likelihoods",
     "bounds": "evidence",
+    "compare": "comparing",
+    "diagnose": "diagnostics",
     "enumeration": "evidence",
     "fit": "training",
     "grid_integration": "evidence",

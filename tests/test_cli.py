@@ -76,7 +76,10 @@ def contents(folder: Path) -> set[str]:
 # Without torch
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["evaluate"], ["sample"], ["coin"], ["data"]])
+COMMANDS = ["demo", "train", "evaluate", "compare", "sample", "coin", "data"]
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = f"""
 import sys
@@ -97,8 +100,54 @@ def test_the_installed_script_lists_its_commands() -> None:
         [Path(sys.executable).with_name("ppl-vae"), "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    for command in ("demo", "train", "evaluate", "sample", "coin", "data"):
+    for command in COMMANDS:
         assert command in done.stdout
+
+
+# Comparing
+
+FEW_DIGITS = ["--epochs", 1, "--hidden-dims", "11", "--latent-dim", 2, "--num-samples", 20, "--num-data", 30]
+
+
+def test_likelihoods_are_compared_in_tables_of_their_measure(
+    ppl_vae: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["compare", "digits", "--likelihoods", "bernoulli, gaussian", *FEW_DIGITS]
+    first = ppl_vae(*command)
+    assert first.code == 0, first.err
+    folder = tmp_path / "runs/compare-digits"
+    rows = {row["name"]: row for row in json.loads((folder / "comparison.json").read_text())["rows"]}
+    assert list(rows) == ["bernoulli", "gaussian"]
+    titles = "Probability on {0, 1}: ", "Density on the line: 17 levels dequantised"
+    for title, row in zip(titles, rows.values(), strict=True):
+        table = first.out[first.out.index(title) :].split("\n\n")[0]
+        assert table.count("\n") == 2
+        assert f"{row['bits_per_dim']:.3f} ± {row['bits_per_dim_standard_error']:.3f}" in table
+        assert f"{row['log_px']:.2f} ± {row['log_px_standard_error']:.2f}" in table
+    assert [row["bits_are_an_upper_bound"] for row in rows.values()] == [False, True]
+    assert {f"figures/{name}.png" for name in ("samples", "reconstructions", "calibration")} <= contents(folder)
+    assert pv.load(folder / "rows/gaussian/weights.safetensors").latent_dim == 2
+
+    def fit(*args: Any, **options: Any) -> None:
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr("ppl_vae.comparing.running.fit", fit)
+    assert ppl_vae(*command).out == first.out
+    said = ppl_vae(*command, "--epochs", 2).sentence()
+    assert "a row of another configuration (epochs 1, now 2)" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--likelihoods", "bernouli"], "There is no likelihood 'bernouli' for digits, whose levels are 17. There are"),
+        (["--num-data", 1], "from 2 to 359 test data; got 1"),
+        (["--hidden-dims", "a"], "such as 400,400"),
+    ],
+)
+def test_compare_refuses_before_any_work(ppl_vae: Runner, tmp_path: Path, options: list[object], said: str) -> None:
+    assert said in ppl_vae("compare", "digits", *options).sentence()
+    assert not (tmp_path / "runs").exists()
 
 
 # The demonstration
@@ -206,6 +255,14 @@ def test_a_run_on_digits_is_trained_evaluated_and_sampled(ppl_vae: Runner, tmp_p
 
     # The file's numbers are those of the library on the same data.
     vae, test = pv.load(run / "weights.safetensors"), pv.data.load("digits").static_binarization(seed=3).test
+    found = pv.diagnose(vae.model, vae.guide, test)
+    assert f"{found.mean['mutual_information']:.4f}" in evaluated.out
+    assert results["diagnostics"]["mean"] == pytest.approx(found.mean, abs=1e-4)
+    assert results["diagnostics"]["active_units"] == found.num_active
+    kl = [latent["kl"] for latent in results["diagnostics"]["latents"].values()]
+    assert kl == pytest.approx(per_datum["kl_per_dimension"].mean(0).tolist())
+    assert torch.allclose(per_datum["kl_to_prior"], per_datum["kl_per_dimension"].sum(1))
+    assert "figures/kl_per_dimension.png" in contents(run)
     again = pv.importance_sampling(vae.model, vae.guide, test, num_samples=50, seed=0, max_rows=4096)
     assert torch.allclose(again.log_px, per_datum["log_px"], atol=1e-4)
 
@@ -402,6 +459,7 @@ def test_evaluate_refuses_unknown_methods(ppl_vae: Runner) -> None:
     [
         ["--likelihood", "gaussian"],
         ["--likelihood", "gaussian-per-pixel"],
+        ["--likelihood", "continuous-bernoulli"],
         ["--binarization", "dynamic", "--validation", 5],
         ["--binarization", "threshold"],
         ["--network", "conv"],
@@ -417,15 +475,18 @@ def test_options_reach_the_program(ppl_vae: Runner, tmp_path: Path, options: lis
     assert result.code == 0, result.err
     evaluated = ppl_vae("evaluate", "runs/mine", "--num-samples", 30)
     assert evaluated.code == 0, evaluated.err
-    assert ("bits/dim" in evaluated.out) == ("--likelihood" not in options)
+    (bits,) = (line for line in evaluated.out.splitlines() if line.startswith("bits/dim"))
+    if "--likelihood" in options:
+        assert re.match(r"bits/dim +none  \w+ gives a density on .*between levels the density can hide", bits)
+    else:
+        assert re.match(r"bits/dim +\d\.\d{4}  probability on \{0, 1\}$", bits)
     recorded = json.loads((tmp_path / "runs/mine/run.json").read_text())["configuration"]
     for name, value in zip(options[::2], options[1::2], strict=True):
         assert recorded[str(name)[2:]] == value
     vae = pv.load(tmp_path / "runs/mine/weights.safetensors")
     assert isinstance(vae.encoder, pv.networks.ConvEncoder if "conv" in options else pv.networks.MLP)
-    assert isinstance(
-        vae.likelihood, pv.likelihoods.Gaussian if "--likelihood" in options else pv.likelihoods.Bernoulli
-    )
+    asked = str(options[1]) if "--likelihood" in options else "bernoulli"
+    assert type(vae.likelihood).__name__ == asked.removesuffix("-per-pixel").title().replace("-", "")
     assert vae.likelihood.num_parameters == (2 if "gaussian-per-pixel" in options else 1)
     assert recorded["data"] == str(tmp_path / "mine.npz")
 
@@ -526,6 +587,8 @@ def arrays(path: Path) -> None:
         (["digits", *STATIC, "--hidden-dims", "wide"], "400,400"),
         (["digits", *STATIC, "--network", "conv", "--hidden-dims", "9"], "mlp"),
         (["digits"], "17 grey levels. Say how they become 0 or 1 with --binarization static"),
+        (["digits"], "--likelihood continuous-bernoulli (ContinuousBernoulli) or gaussian. The cross-entropy"),
+        (["digits"], "no log p(x); in Python it is `likelihoods.bce_score`"),
         (["grey.npy", "--hidden-dims", "9"], "Bernoulli likelihood scores data in {0, 1}; got values from"),
         (["digits", *STATIC, "--epochs", "0"], "epochs must be an integer of at least 1"),
         (["digits", *STATIC, "--batch-size", "0"], "batch_size"),

@@ -1,4 +1,4 @@
-"""Evaluating a run: log p(x) of its test data, bounds on it from both sides, and what is written of them."""
+"""Evaluating a run: log p(x) of its test data, bounds from both sides, its latents, and what is written of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 import ppl_vae as pv
 from ppl_vae import files, plots
 from ppl_vae.cli import pictures, runs
+from ppl_vae.diagnostics import Diagnostics
 from ppl_vae.evidence import AnnealedEvidence, Bounds, Evidence, Exact, Kind
 from ppl_vae.evidence.blocks import at_least_one
 from ppl_vae.evidence.bounding import MEAN_WEIGHT
@@ -92,12 +93,18 @@ def evaluate(folder: Path, plan: Plan) -> None:
     index = _chosen(run, plan)
     x = run.data.test[index]
     evidence = _evidence(run, x, plan)
-    results = {**numbers(evidence, run), "seed": plan.seed, "data": str(run.data)}
+    results = {**numbers(evidence, run, x), "seed": plan.seed, "data": str(run.data)}
     per_datum = {"index": index, **{name: getattr(evidence, name) for name in PER_DATUM[type(evidence)]}}
     typer.echo(str(evidence))
-    if results["bits_per_dim"] is not None:
-        typer.echo(f"{'bits/dim':<18}{results['bits_per_dim']:>12.4f}  {results['measure']}")
+    typer.echo(_bits(results))
     figures = {"pareto_k": pictures.pareto_k(evidence)} if type(evidence) is Evidence else {}
+    found = pv.diagnose(run.vae.model, run.vae.guide, x, seed=plan.seed)
+    typer.echo(f"\n{found}")
+    results["diagnostics"] = _of_latents(found)
+    per_datum |= {"reconstruction": found.reconstruction, "kl_to_prior": found.kl}
+    if found.kl_per_dimension is not None:
+        per_datum["kl_per_dimension"] = found.kl_per_dimension
+    figures |= pictures.kl_per_dimension(found)
     _write(folder, results, per_datum, figures)
     if plan.bounds:
         bounds, simulated = _bounds(run, x, plan, evidence), _simulated(run, plan, num_data=len(x))
@@ -113,23 +120,29 @@ def evaluate(folder: Path, plan: Plan) -> None:
     typer.echo(f"Written: {folder / 'evidence.json'}, and per datum {folder / 'evidence.safetensors'}")
 
 
-def numbers(evidence: Evidence | Exact, run: Run) -> dict[str, Any]:
-    """What is to be said of log p(x), in nats per datum unless the name says otherwise."""
-    likelihood = run.vae.likelihood
-    bits = None
-    if likelihood.measure.levels is not None:
-        bits = pv.bits_per_dim(evidence.log_px, likelihood, run.data.test[0].numel()).mean().item()
+def numbers(evidence: Evidence | Exact, run: Run, x: Tensor) -> dict[str, Any]:
+    """What is to be said of log p(x) of the test data x, in nats per datum unless the name says otherwise."""
+    likelihood, scale = run.vae.likelihood, run.data.scale
+    reason = pv.likelihoods.without_bits(likelihood, scale)
+    bits = None if reason else pv.bits_per_dim(evidence.log_px, likelihood, x, scale=scale).mean().item()
     return {
         "method": evidence.method,
         "log_px": evidence.mean,
         "mean_standard_error": evidence.mean_standard_error,
         "elbo": evidence.elbo.mean().item(),
         "bits_per_dim": bits,
+        "without_bits": reason,
         "num_data": len(evidence.log_px),
         "measure": likelihood.measure.name,
         "warnings": evidence.warnings(),
         **(_of_sum(evidence) if isinstance(evidence, Exact) else _of_samples(evidence)),
     }
+
+
+def _bits(results: dict[str, Any]) -> str:
+    """A line, with the measure beside the number, or with why there is none."""
+    bits, reason = results["bits_per_dim"], results["without_bits"]
+    return f"{'bits/dim':<18}{'none' if reason else f'{bits:.4f}':>12}  {reason or results['measure']}"
 
 
 def ladder(rungs: list[Rung], evidence: Evidence | Exact) -> dict[str, Picture]:
@@ -171,6 +184,26 @@ def _of_samples(evidence: Evidence) -> dict[str, Any]:
     return found | {
         "num_samples": evidence.num_samples,
         "share_pareto_k_below_0.7": (evidence.pareto_k < 0.7).double().mean().item(),
+    }
+
+
+def _of_latents(found: Diagnostics) -> dict[str, Any]:
+    """The diagnostics as JSON; means over the data, in nats per datum."""
+    split = found.kl_per_dimension
+    return {
+        "mean": found.mean,
+        "mc_standard_error": found.mc_standard_error,
+        "mean_standard_error": found.mean_standard_error,
+        "num_samples": found.num_samples,
+        "active_units": found.num_active,
+        "latents": {
+            name: {
+                "kl": None if split is None else split[:, d].mean().item(),
+                "variance_of_posterior_mean": found.unit_variance[d].item(),
+            }
+            for d, name in enumerate(found.dimensions)
+        },
+        "warnings": found.warnings(),
     }
 
 
@@ -271,6 +304,6 @@ def _write(folder: Path, results: dict[str, Any], per_datum: dict[str, Tensor], 
     """Writes means, what is known per datum, and pictures, in the place of those of an earlier evaluation."""
     files.write_tensors(folder / "evidence.safetensors", per_datum)
     files.write_json(folder / "evidence.json", _as_json(results))
-    for name in {"pareto_k", "ladder"} - figures.keys():
+    for name in {"pareto_k", "kl_per_dimension", "ladder"} - figures.keys():
         (folder / "figures" / f"{name}.png").unlink(missing_ok=True)
     pictures.draw(figures, folder)

@@ -17,15 +17,16 @@ import torch
 
 import ppl_vae as pv
 from ppl_vae import files, plots
-from ppl_vae.cli import pictures
 from ppl_vae.data import Data
 from ppl_vae.data.named import IDX_SETS
 from ppl_vae.likelihoods import Likelihood
+from ppl_vae.reporting import write_picture
 from ppl_vae.training import History
 
 # The words of the command line, and what they stand for.
 LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
     "bernoulli": pv.likelihoods.Bernoulli,
+    "continuous-bernoulli": pv.likelihoods.ContinuousBernoulli,
     "gaussian": pv.likelihoods.Gaussian,
     "gaussian-per-pixel": partial(pv.likelihoods.Gaussian, per_pixel=True),
 }
@@ -94,7 +95,9 @@ def train(configuration: Configuration, *, download: bool = False) -> Run:
     if c.likelihood == "bernoulli" and data.levels not in (None, 2):
         raise ValueError(
             f"A Bernoulli likelihood scores data in {{0, 1}}, and {c.data} has {data.levels} grey levels. Say how they "
-            "become 0 or 1 with --binarization static, dynamic or threshold, or choose --likelihood gaussian."
+            "become 0 or 1 with --binarization static, dynamic or threshold (static_binarization and "
+            "dynamic_binarization of the data), or choose --likelihood continuous-bernoulli (ContinuousBernoulli) or "
+            "gaussian. The cross-entropy of grey values is no log p(x); in Python it is `likelihoods.bce_score`."
         )
     fitted = BINARIZATIONS[c.binarization](_held_out(grey, c.validation, c.seed), c.seed) if c.validation else data
     with pv.isolation.seeded(c.seed):
@@ -158,6 +161,17 @@ def _learning_rate(first: float, last: float | None) -> float | Callable[[float]
     if not (first > 0 and last > 0):
         raise ValueError(f"A learning rate that decays must stay positive; got {first} and {last}.")
     return lambda t: first * (last / first) ** t
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """These networks are too small to share between threads, which would only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -237,7 +251,7 @@ def write_samples(folder: Path, out: Path, *, num_samples: int, seed: int) -> No
     if num_samples < 1:
         raise ValueError(f"Expected at least one sample to draw; got {num_samples}.")
     vae = _read_vae(folder)
-    pictures.save(plots.image_grid(vae.sample(num_samples, seed=seed, mean=True)), out)
+    write_picture(plots.image_grid(vae.sample(num_samples, seed=seed, mean=True)), out)
 
 
 def description(name: str, root: Path | None, download: bool) -> list[str]:
