@@ -395,5 +395,4 @@ def test_images_without_labels_help_to_classify_digits() -> None:
         learning_rate=5e-3,
         progress=False,
     )
-    print(accuracy(alone), accuracy(m2))
     assert accuracy(m2) > accuracy(alone) + 0.02
