@@ -12,7 +12,7 @@ class History:
     Attributes:
         loss: mean training loss of each epoch, the negative ELBO for `Trace_ELBO`.
         validation: loss on the validation data after each epoch; empty without them.
-        stopped: why training ended: "finished", "early stopping" or "interrupted".
+        stopped: why training ended: "finished", "early stopping", "time limit" or "interrupted".
         seconds: spent, before and after the run was resumed.
     """
 
