@@ -402,6 +402,7 @@ def test_evaluate_refuses_unknown_methods(ppl_vae: Runner) -> None:
     [
         ["--likelihood", "gaussian"],
         ["--likelihood", "gaussian-per-pixel"],
+        ["--likelihood", "continuous-bernoulli"],
         ["--binarization", "dynamic", "--validation", 5],
         ["--binarization", "threshold"],
         ["--network", "conv"],
@@ -417,15 +418,18 @@ def test_options_reach_the_program(ppl_vae: Runner, tmp_path: Path, options: lis
     assert result.code == 0, result.err
     evaluated = ppl_vae("evaluate", "runs/mine", "--num-samples", 30)
     assert evaluated.code == 0, evaluated.err
-    assert ("bits/dim" in evaluated.out) == ("--likelihood" not in options)
+    (bits,) = (line for line in evaluated.out.splitlines() if line.startswith("bits/dim"))
+    if "--likelihood" in options:
+        assert re.match(r"bits/dim +none  \w+ gives a density on .*between levels the density can hide", bits)
+    else:
+        assert re.match(r"bits/dim +\d\.\d{4}  probability on \{0, 1\}$", bits)
     recorded = json.loads((tmp_path / "runs/mine/run.json").read_text())["configuration"]
     for name, value in zip(options[::2], options[1::2], strict=True):
         assert recorded[str(name)[2:]] == value
     vae = pv.load(tmp_path / "runs/mine/weights.safetensors")
     assert isinstance(vae.encoder, pv.networks.ConvEncoder if "conv" in options else pv.networks.MLP)
-    assert isinstance(
-        vae.likelihood, pv.likelihoods.Gaussian if "--likelihood" in options else pv.likelihoods.Bernoulli
-    )
+    asked = str(options[1]) if "--likelihood" in options else "bernoulli"
+    assert type(vae.likelihood).__name__ == asked.removesuffix("-per-pixel").title().replace("-", "")
     assert vae.likelihood.num_parameters == (2 if "gaussian-per-pixel" in options else 1)
     assert recorded["data"] == str(tmp_path / "mine.npz")
 
@@ -526,6 +530,8 @@ def arrays(path: Path) -> None:
         (["digits", *STATIC, "--hidden-dims", "wide"], "400,400"),
         (["digits", *STATIC, "--network", "conv", "--hidden-dims", "9"], "mlp"),
         (["digits"], "17 grey levels. Say how they become 0 or 1 with --binarization static"),
+        (["digits"], "--likelihood continuous-bernoulli (ContinuousBernoulli) or gaussian. The cross-entropy"),
+        (["digits"], "no log p(x); in Python it is `likelihoods.bce_score`"),
         (["grey.npy", "--hidden-dims", "9"], "Bernoulli likelihood scores data in {0, 1}; got values from"),
         (["digits", *STATIC, "--epochs", "0"], "epochs must be an integer of at least 1"),
         (["digits", *STATIC, "--batch-size", "0"], "batch_size"),

@@ -117,7 +117,7 @@ def test_bernoulli_refuses_all_but_0_and_1_and_names_the_remedies(bad: float) ->
     x[4, 1] = bad
     with pytest.raises(ValueError, match=r"data in \{0, 1\}") as caught:
         Bernoulli()(torch.zeros(5, 3)).log_prob(x)
-    for remedy in ("data.binarize", "static_binarization", "DynamicBinarization", "likelihoods.Gaussian"):
+    for remedy in ("data.binarize", "static_binarization", "dynamic_binarization", "ContinuousBernoulli", "bce_score"):
         assert remedy in str(caught.value)
 
 
@@ -213,6 +213,38 @@ def test_the_fixed_scale_is_the_best_for_the_training_data(name: str) -> None:
         assert scale == pytest.approx(residuals.abs().mean().item())
     assert likelihood(torch.zeros(7)).base_dist.scale[0].item() == pytest.approx(scale)
     assert scale == pytest.approx(0.3, rel=0.05)
+
+
+def test_a_scale_of_the_evaluated_data_would_be_caught() -> None:
+    """The mutant fixes the scale on the data that it then scores: they depend on each other, and have no density."""
+    x_train, x = 0.3 * torch.randn(1000, 7).double(), 0.3 * torch.randn(11, 7).double()
+    mean = torch.zeros(7).double()
+    fixed = lh.Gaussian()
+    fixed.fix_scale(mean.expand_as(x_train), x_train)
+
+    def honest(x: Tensor) -> Tensor:
+        return fixed(mean[: x.shape[1]]).log_prob(x)
+
+    def mutant(x: Tensor) -> Tensor:
+        own = lh.Gaussian()
+        own.fix_scale(mean[: x.shape[1]].expand_as(x), x)
+        return own(mean[: x.shape[1]]).log_prob(x)
+
+    def alone(score: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([score(row) for row in x.split(1)])
+
+    torch.testing.assert_close(alone(honest), honest(x))
+    assert alone(mutant).mean() > mutant(x).mean() + 0.1  # "better" the fewer data are scored at once
+    grid = torch.linspace(-30, 30, 60_000, dtype=torch.float64).unsqueeze(-1)  # of one dimension, without 0
+    masses = [(score(grid).exp().sum() * (grid[1] - grid[0])).item() for score in (honest, lambda x: by_row(mutant, x))]
+    assert masses[0] == pytest.approx(1, abs=1e-6)
+    assert masses[1] > 3
+
+
+def by_row(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What the mutant gives each datum alone: a Gaussian at one scale from its mean, −½ − ½ log 2π − log |x|."""
+    torch.testing.assert_close(score(x[:1]), -0.5 - 0.5 * log(2 * pi) - x[0].abs().log())
+    return -0.5 - 0.5 * log(2 * pi) - x.abs().log().squeeze(-1)
 
 
 def test_scales_that_cannot_be_fixed() -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, FLOOR
+from families import FAMILIES, FLOOR, START, log_bin, sigmoid, softplus
+from mpmath import mp, mpf
 from torch import Tensor
 
 from ppl_vae import likelihoods as lh
-from ppl_vae.likelihoods import binned, counts, interval, levels, line
+from ppl_vae.likelihoods import binned, counts, interval, levels, line, mixture
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -124,6 +125,46 @@ def test_a_mixture_of_colours_is_a_chain_of_conditionals() -> None:
         assert gradient.isfinite().all()
 
 
+def colour_features(kind: str) -> Tensor:
+    """`(4, 2 components, 3 channels)`: logits, locations, raw scales and coefficients of a pixel."""
+    features = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
+    if kind == "steep":
+        features[2] = -60.0  # a scale of e⁻⁸
+    if kind == "extreme":
+        features = 60 * features.sign()
+    return features
+
+
+@pytest.mark.parametrize("kind", ["usual", "steep", "extreme"])
+def test_a_mixture_of_colours_is_that_of_mpmath(kind: str) -> None:
+    features, likelihood = colour_features(kind), lh.LogisticMixture(2, rgb=True, floor=FLOOR)
+    x = torch.tensor([[0.0, 0, 0], [255, 255, 255], [3, 130, 251], [128, 127, 0], [10, 200, 90]])
+    p = likelihood(features.reshape(-1, 1, 1), event_dim=3)
+    found = p.log_prob(x[:, :, None, None])
+
+    logits, loc, raw, c = ([[mpf(v) for v in row] for row in part] for part in features.tolist())
+    weight = [mp.exp(sum(row)) for row in logits]
+    for value, pixel in zip(found.tolist(), x.tolist(), strict=True):
+        r, g, _ = (mpf(v) / 255 - mpf(1) / 2 for v in pixel)
+        total = mpf(0)
+        for k in range(2):
+            c0, c1, c2 = (mp.tanh(v) for v in c[k])
+            means = [loc[k][0], loc[k][1] + c0 * r, loc[k][2] + c1 * r + c2 * g]
+            scales = [FLOOR + softplus(v + START) for v in raw[k]]
+            bins = [log_bin(sigmoid, m, s, mpf(v), 256) for m, s, v in zip(means, scales, pixel, strict=True)]
+            total += weight[k] / sum(weight) * mp.exp(sum(bins))
+        exact = float(mp.log(total))
+        assert abs(value - exact) < 1e-3 + 1e-5 * abs(exact)
+
+
+@pytest.mark.parametrize("kind", ["usual", "steep", "extreme"])
+def test_the_mass_of_a_mixture_of_colours_is_one(kind: str) -> None:
+    likelihood = lh.LogisticMixture(2, levels=17, rgb=True, floor=FLOOR).double()
+    p = likelihood(colour_features(kind).double().reshape(-1, 1, 1), event_dim=3)
+    colours = torch.cartesian_prod(*[torch.arange(17.0).double()] * 3).reshape(-1, 3, 1, 1)
+    assert p.log_prob(colours).exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+
 def test_a_bin_is_the_integral_of_the_density() -> None:
     """By quadrature, inside the scale."""
     points, weights = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(50))
@@ -180,6 +221,12 @@ MUTANTS: dict[str, tuple[type, str, str, Callable[[Any], Any]]] = {
         adds(lambda p, x: p.concentration1.lgamma() - (p.concentration1 + p.concentration0).lgamma()),
     ),
     "edges": (binned.BinnedDistribution, "log_prob", "DiscretisedLogistic(17)", finite_edges),
+    "the proportions of a mixture": (
+        mixture._Mixture,
+        "log_prob",
+        "LogisticMixture",
+        adds(lambda p, x: p.logits.logsumexp(-1)),
+    ),
     "softmax": (levels._Categorical, "log_prob", "Categorical", adds(lambda p, x: p.logits.logsumexp(-1))),
     "n choose x": (levels._Binomial, "log_prob", "Binomial", adds(lambda p, x: -n_choose_x(p, x))),
     "x!": (counts._Poisson, "_log_prob", "Poisson", adds(lambda p, x: torch.lgamma(x + 1))),

@@ -67,7 +67,8 @@ def train(
     root: Root = None,
     download: Download = False,
     likelihood: Annotated[
-        Literal["bernoulli", "gaussian", "gaussian-per-pixel"], typer.Option(help="p(x given z).")
+        Literal["bernoulli", "continuous-bernoulli", "gaussian", "gaussian-per-pixel"],
+        typer.Option(help="p(x given z)."),
     ] = "bernoulli",
     binarization: Annotated[
         Literal["none", "static", "dynamic", "threshold"],

@@ -78,7 +78,7 @@ def _part(title: str, configuration: runs.Configuration, num_samples: int, folde
     if run.history.stopped == "interrupted":
         raise KeyboardInterrupt
     evidence = _sampled(run, num_samples)
-    results = {**evaluation.numbers(evidence, run), "seconds": time.perf_counter() - began}
+    results = {**evaluation.numbers(evidence, run, run.data.test), "seconds": time.perf_counter() - began}
     runs.write(run, folder, results=results)
     drawn = {
         **pictures.of_model(run),

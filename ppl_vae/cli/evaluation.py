@@ -92,11 +92,10 @@ def evaluate(folder: Path, plan: Plan) -> None:
     index = _chosen(run, plan)
     x = run.data.test[index]
     evidence = _evidence(run, x, plan)
-    results = {**numbers(evidence, run), "seed": plan.seed, "data": str(run.data)}
+    results = {**numbers(evidence, run, x), "seed": plan.seed, "data": str(run.data)}
     per_datum = {"index": index, **{name: getattr(evidence, name) for name in PER_DATUM[type(evidence)]}}
     typer.echo(str(evidence))
-    if results["bits_per_dim"] is not None:
-        typer.echo(f"{'bits/dim':<18}{results['bits_per_dim']:>12.4f}  {results['measure']}")
+    typer.echo(_bits(results))
     figures = {"pareto_k": pictures.pareto_k(evidence)} if type(evidence) is Evidence else {}
     _write(folder, results, per_datum, figures)
     if plan.bounds:
@@ -113,23 +112,29 @@ def evaluate(folder: Path, plan: Plan) -> None:
     typer.echo(f"Written: {folder / 'evidence.json'}, and per datum {folder / 'evidence.safetensors'}")
 
 
-def numbers(evidence: Evidence | Exact, run: Run) -> dict[str, Any]:
-    """What is to be said of log p(x), in nats per datum unless the name says otherwise."""
-    likelihood = run.vae.likelihood
-    bits = None
-    if likelihood.measure.levels is not None:
-        bits = pv.bits_per_dim(evidence.log_px, likelihood, run.data.test[0].numel()).mean().item()
+def numbers(evidence: Evidence | Exact, run: Run, x: Tensor) -> dict[str, Any]:
+    """What is to be said of log p(x) of the test data x, in nats per datum unless the name says otherwise."""
+    likelihood, scale = run.vae.likelihood, run.data.scale
+    reason = pv.likelihoods.without_bits(likelihood, scale)
+    bits = None if reason else pv.bits_per_dim(evidence.log_px, likelihood, x, scale=scale).mean().item()
     return {
         "method": evidence.method,
         "log_px": evidence.mean,
         "mean_standard_error": evidence.mean_standard_error,
         "elbo": evidence.elbo.mean().item(),
         "bits_per_dim": bits,
+        "without_bits": reason,
         "num_data": len(evidence.log_px),
         "measure": likelihood.measure.name,
         "warnings": evidence.warnings(),
         **(_of_sum(evidence) if isinstance(evidence, Exact) else _of_samples(evidence)),
     }
+
+
+def _bits(results: dict[str, Any]) -> str:
+    """A line, with the measure beside the number, or with why there is none."""
+    bits, reason = results["bits_per_dim"], results["without_bits"]
+    return f"{'bits/dim':<18}{'none' if reason else f'{bits:.4f}':>12}  {reason or results['measure']}"
 
 
 def ladder(rungs: list[Rung], evidence: Evidence | Exact) -> dict[str, Picture]:

@@ -26,6 +26,7 @@ from ppl_vae.training import History
 # The words of the command line, and what they stand for.
 LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
     "bernoulli": pv.likelihoods.Bernoulli,
+    "continuous-bernoulli": pv.likelihoods.ContinuousBernoulli,
     "gaussian": pv.likelihoods.Gaussian,
     "gaussian-per-pixel": partial(pv.likelihoods.Gaussian, per_pixel=True),
 }
@@ -94,7 +95,9 @@ def train(configuration: Configuration, *, download: bool = False) -> Run:
     if c.likelihood == "bernoulli" and data.levels not in (None, 2):
         raise ValueError(
             f"A Bernoulli likelihood scores data in {{0, 1}}, and {c.data} has {data.levels} grey levels. Say how they "
-            "become 0 or 1 with --binarization static, dynamic or threshold, or choose --likelihood gaussian."
+            "become 0 or 1 with --binarization static, dynamic or threshold (static_binarization and "
+            "dynamic_binarization of the data), or choose --likelihood continuous-bernoulli (ContinuousBernoulli) or "
+            "gaussian. The cross-entropy of grey values is no log p(x); in Python it is `likelihoods.bce_score`."
         )
     fitted = BINARIZATIONS[c.binarization](_held_out(grey, c.validation, c.seed), c.seed) if c.validation else data
     with pv.isolation.seeded(c.seed):

@@ -1,8 +1,13 @@
-"""Data sets as tensors: named sets, array files and image folders; explicit binarisation.
+"""Data sets as tensors: named sets, array files and image folders; explicit binarisation and dequantisation.
 
 Every set comes as one `Data`: float32 tensors with the data along the first dimension. Images on levels
-0 .. L - 1 are scaled to [0, 1] as level / (L - 1), and `levels` says L, so that the scale need not be guessed
-later. Nothing is binarised unless asked for, and `binarization` then says how.
+0 .. L - 1 are scaled to [0, 1] as level / (L - 1), and `scale` says so, that it need not be guessed later. Nothing is
+done to the values unless asked for, and the record then says what:
+
+    as_levels()                                         0 .. L - 1                  scale Levels(L)
+    static_binarization(), dynamic_..., thresholded()   0 and 1                     scale Levels(2), binarization
+    static_dequantization(), dynamic_dequantization()   v = (level + u) / L         scale Dequantized(L), dequantization
+    ... and then logit_transform()                      logit(margin + (1 - 2 margin) v)    scale Logit(L, margin)
 """
 
 from __future__ import annotations
@@ -11,10 +16,26 @@ from pathlib import Path
 
 from ppl_vae.data.binarization import DynamicBinarization, binarize, threshold
 from ppl_vae.data.dataset import Data
+from ppl_vae.data.dequantization import DynamicDequantization
 from ppl_vae.data.named import IDX_SETS, load_cifar10, load_digits, load_idx_set
 from ppl_vae.data.reading import read_array_file, read_idx, read_image_folder
+from ppl_vae.data.scale import AsIs, Dequantized, Levels, Logit, Scale, Unit
 
-__all__ = ["Data", "DynamicBinarization", "binarize", "load", "read_idx", "threshold"]
+__all__ = [
+    "AsIs",
+    "Data",
+    "Dequantized",
+    "DynamicBinarization",
+    "DynamicDequantization",
+    "Levels",
+    "Logit",
+    "Scale",
+    "Unit",
+    "binarize",
+    "load",
+    "read_idx",
+    "threshold",
+]
 
 
 def load(name: str | Path, *, root: str | Path | None = None, download: bool = False, split_seed: int = 0) -> Data:

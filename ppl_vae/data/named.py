@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppl_vae.data.dataset import Data, image_tensor, label_tensor, split
 from ppl_vae.data.reading import read_idx
+from ppl_vae.data.scale import Unit
 
 IDX_SETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's names
 _TRAIN_FILES = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -43,7 +44,7 @@ def load_idx_set(name: str, root: str | Path | None, download: bool) -> Data:
             )
     train, train_labels = _read_part(folder, *_TRAIN_FILES)
     test, test_labels = _read_part(folder, *_TEST_FILES)
-    return Data(train, test, train_labels, test_labels, 256, name)
+    return Data(train, test, train_labels, test_labels, Unit(256), name)
 
 
 def load_cifar10(root: str | Path | None, download: bool) -> Data:
@@ -71,7 +72,7 @@ def load_cifar10(root: str | Path | None, download: bool) -> Data:
         image_tensor(test.data, 256, source),
         label_tensor(np.array(train.targets), len(train.data), source),
         label_tensor(np.array(test.targets), len(test.data), source),
-        256,
+        Unit(256),
         "cifar10",
     )
 

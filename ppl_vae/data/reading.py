@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ppl_vae.data.dataset import Data, image_tensor, label_tensor, split
+from ppl_vae.data.dataset import Data, image_tensor, label_tensor, split, unit_scale
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,7 +93,7 @@ def read_array_file(path: Path, split_seed: int) -> Data:
         image_tensor(test, levels, f"test in {path}"),
         label_tensor(arrays.get("train_labels"), len(train), f"train_labels in {path}"),
         label_tensor(arrays.get("test_labels"), len(test), f"test_labels in {path}"),
-        levels,
+        unit_scale(levels),
         name,
     )
 

@@ -18,11 +18,15 @@ Which data a family scores, and what its log-probability is:
     counts 0, 1, ...  probability    Poisson  NegativeBinomial  ZeroInflatedNegativeBinomial
     [0, 1]            density        ContinuousBernoulli  Beta (without the ends)
     real numbers      density        Gaussian  Laplace  Logistic  StudentT
+
+The one currency of these is `bits_per_dim`, of probabilities of levels, and of densities on dequantised levels;
+`without_bits` says why others have none. `bce_score` is no log-probability at all, and is called what it is.
 """
 
-from ppl_vae.likelihoods.binary import Bernoulli
+from ppl_vae.likelihoods.binary import Bernoulli, bce_score
 from ppl_vae.likelihoods.binned import Binned, DiscretisedGaussian, DiscretisedLogistic
-from ppl_vae.likelihoods.contract import Likelihood, Measure, bits_per_dim
+from ppl_vae.likelihoods.bits import bits_per_dim, without_bits
+from ppl_vae.likelihoods.contract import Likelihood, Measure
 from ppl_vae.likelihoods.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from ppl_vae.likelihoods.interval import Beta, ContinuousBernoulli
 from ppl_vae.likelihoods.levels import Binomial, Categorical
@@ -50,5 +54,7 @@ __all__ = [
     "Poisson",
     "StudentT",
     "ZeroInflatedNegativeBinomial",
+    "bce_score",
     "bits_per_dim",
+    "without_bits",
 ]

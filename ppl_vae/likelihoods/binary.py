@@ -1,9 +1,10 @@
-"""Zeros and ones."""
+"""Zeros and ones, and the cross-entropy of grey values, which is no likelihood."""
 
 from __future__ import annotations
 
 import pyro.distributions as dist
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from ppl_vae.likelihoods.contract import Likelihood, probability_of_levels
 from ppl_vae.likelihoods.families import Refusing
@@ -39,7 +40,49 @@ class Bernoulli(Likelihood):
 class _Bernoulli(Refusing, dist.Bernoulli):
     rule = "A Bernoulli likelihood scores data in {0, 1}"
     remedy = (
-        "Binarise the data (static: `data.binarize(x, seed=0)` or `static_binarization()` of a loaded set; dynamic: "
-        "`data.DynamicBinarization(x)`), or choose a likelihood of grey levels such as "
-        "`likelihoods.ContinuousBernoulli()` or `likelihoods.Gaussian()`."
+        "Binarise the data, once with `static_binarization()` of a loaded set (`data.binarize(x)` of a tensor) or anew "
+        "each time with `dynamic_binarization()` (`data.DynamicBinarization(x)`); or choose a likelihood of grey "
+        "values, such as `likelihoods.ContinuousBernoulli()` or `likelihoods.Gaussian()`. The cross-entropy of grey "
+        "values, which is no log p(x), goes by the name of `likelihoods.bce_score`."
     )
+
+
+def bce_score(features: Tensor, x: Tensor, event_dim: int = 1) -> Tensor:
+    """The binary cross-entropy of grey values, negated: Σ x η − log(1 + e^η). It is *not* a log-probability of x.
+
+    Many programs train on it as if it were. As a density on [0, 1] it lacks a constant that depends on η, so that what
+    it makes of a decoder and a prior has a mass of at most 2^−D over [0, 1]^D, not 1, and can be compared with no
+    log p(x), ELBO or bits per dimension. With the constant it is `ContinuousBernoulli`. What it is: the mean of
+    log P(b given z) over bits b that are 1 with probability x. Therefore F(x) = log ∫ p(z) exp(bce_score) dz is a lower
+    bound of the mean of log P(b), the score of a `Bernoulli` on dynamically binarised data.
+
+    To train on it all the same, put `pyro.factor("score", likelihoods.bce_score(decoder(z), x))` in the place of the
+    site x: what `fit` then reports is a bound on F(x), and so is what is called log_px of that pair.
+
+    Args:
+        features: logits η, `(..., *data_shape)`.
+        x: grey values in [0, 1], of a shape that broadcasts with the logits'.
+        event_dim: how many dimensions one datum has; they are summed.
+
+    Returns:
+        The score in nats per datum, of the shape without the last `event_dim` dimensions.
+
+    Raises:
+        ValueError: a value lies outside [0, 1].
+
+    Reference:
+        Loaiza-Ganem & Cunningham, The continuous Bernoulli: fixing a pervasive error in variational autoencoders,
+        2019. https://arxiv.org/abs/1907.06845
+
+    Example:
+        >>> import torch
+        >>> bce_score(torch.zeros(5, 3), torch.full((5, 3), 0.25))[0]    # −3 log 2
+        tensor(-2.0794)
+    """
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError(
+            f"A cross-entropy takes values in [0, 1]; got values from {x.min().item():.4g} to {x.max().item():.4g}. "
+            "Divide levels by the largest."
+        )
+    score = x * features - softplus(features)
+    return score.flatten(-event_dim).sum(-1)

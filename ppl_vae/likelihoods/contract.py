@@ -1,9 +1,8 @@
-"""What every family of p(x given z) has, and the one currency their probabilities are compared in."""
+"""What every family of p(x given z) has."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
 
 import pyro.distributions as dist
 from torch import Tensor, nn
@@ -52,6 +51,11 @@ class Likelihood(nn.Module):
         """The data on the scale of networks: x itself, levels as x / (levels − 1), counts as log(1 + x)."""
         return x
 
+    @property
+    def sees_unit_interval(self) -> bool:
+        """Whether `inputs` lie between 0 and 1: for bits, levels and data on the interval."""
+        return self.measure.levels is not None or self.measure == DENSITY_ON_THE_INTERVAL
+
     def per_dimension(self, features: Tensor, event_dim: int) -> Tensor:
         """Features `(*batch, num_parameters * n, *rest)` as a view `(*batch, n, *rest, num_parameters)`.
 
@@ -78,41 +82,3 @@ class Likelihood(nn.Module):
     def bins(self, levels: int) -> tuple[float, float]:
         """Where the bin of level 0 starts on the unit scale, and how wide all are: level / (levels − 1) is centred."""
         return -0.5 / (levels - 1), 1 / (levels - 1)
-
-
-def bits_per_dim(log_px: Tensor, likelihood: Likelihood, num_dims: int) -> Tensor:
-    """The bits per dimension −log P(x) / (num_dims log 2) of a probability of levels.
-
-    Args:
-        log_px: log-probabilities in nats per datum, of any shape.
-        likelihood: one of this room; its `measure` says what the log-probabilities are.
-        num_dims: how many dimensions one datum has.
-
-    Returns:
-        Bits per dimension, in the shape of `log_px`: 1 for a fair coin, 8 for uniform bytes.
-
-    Raises:
-        ValueError: for a density, which on undequantised levels has no bits per dimension (the narrower the density,
-            the fewer "bits", without limit); for counts, which have no number of levels to compare with; for a
-            `log_px` above 0, which is no log-probability; and for a num_dims below 1.
-
-    Example:
-        >>> import torch
-        >>> from ppl_vae.likelihoods import Bernoulli
-        >>> bits_per_dim(torch.tensor(-64 * log(2.0)), Bernoulli(), num_dims=64)
-        tensor(1.)
-    """
-    name = type(likelihood).__name__
-    if likelihood.measure.levels is None:
-        raise ValueError(
-            f"{name} gives a {likelihood.measure.name}; bits per dimension are defined for probabilities of levels "
-            "only. Report nats, or use a likelihood of levels, such as `likelihoods.DiscretisedLogistic(levels=256)`."
-        )
-    if not isinstance(num_dims, int) or num_dims < 1:
-        raise ValueError(f"num_dims is how many dimensions one datum has, at least 1; got {num_dims!r}.")
-    if (log_px > 1e-3 * num_dims).any():  # more than rounding and Monte Carlo noise
-        raise ValueError(
-            f"{name} gives log-probabilities, which are at most 0; got log_px = {log_px.max().item():.4g}. It is the "
-            "log-density of another likelihood, and bits per dimension are not defined for it."
-        )
-    return -log_px / (num_dims * log(2.0))

@@ -45,11 +45,8 @@ class Categorical(Levels):
         ValueError: when anything but levels is scored (while Pyro's validation is on).
 
     Example:
-        >>> from ppl_vae.likelihoods import bits_per_dim
-        >>> likelihood = Categorical(256)
-        >>> p = likelihood(torch.zeros(256 * 3))
-        >>> bits_per_dim(p.log_prob(torch.tensor([0.0, 7.0, 255.0])), likelihood, num_dims=3)
-        tensor(8.)
+        >>> Categorical(4)(torch.zeros(4 * 3)).log_prob(torch.tensor([0.0, 3.0, 2.0]))  # −3 log 4
+        tensor(-4.1589)
     """
 
     def __init__(self, levels: int = 256) -> None:

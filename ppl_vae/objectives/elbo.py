@@ -45,6 +45,9 @@ class BetaELBO(Objective):
             scheduled(self, "beta", beta)
         self.beta = beta
 
+    def __repr__(self) -> str:
+        return f"BetaELBO({'a schedule' if callable(self.beta) else self.beta})"
+
     def _terms(self, pair: Pair, args: tuple[Any, ...]) -> Terms:
         self.check_reparameterised(pair)
         beta = scheduled(self, "beta", self.beta)
@@ -82,6 +85,9 @@ class AnalyticKL(Objective):
     def __init__(self) -> None:
         super().__init__()
         self._warned: set[str] = set()
+
+    def __repr__(self) -> str:
+        return "AnalyticKL()"
 
     def _terms(self, pair: Pair, args: tuple[Any, ...]) -> Terms:
         once = _Once(self, pair, args)
@@ -135,6 +141,9 @@ class FreeBits(Objective):
     def __init__(self, nats: float) -> None:
         super().__init__()
         self.nats = scheduled(self, "nats", nats)
+
+    def __repr__(self) -> str:
+        return f"FreeBits({self.nats})"
 
     def _terms(self, pair: Pair, args: tuple[Any, ...]) -> Terms:
         once, num_data = _Once(self, pair, args), len(args[0])

@@ -45,6 +45,9 @@ class Objective(ELBO):
         super().__init__(num_particles=num_particles)
         self._looks = Looks()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_particles={self.num_particles})"
+
     def terms(self, model: Program, guide: Program, *args: Any) -> Terms:
         """The loss to lower and the bound at weight 1, at fresh draws from the guide.
 

@@ -21,6 +21,8 @@ def support_of(fn: Any) -> Any:
         return constraints.independent(support_of(fn.base_dist), fn.reinterpreted_batch_ndims)
     if isinstance(fn, WRAPPED):
         return support_of(fn.base_dist)
+    if isinstance(fn, torch.distributions.MixtureSameFamily) and is_unbounded(fn.component_distribution):
+        return support_of(fn.component_distribution)
     if isinstance(fn, CIRCULAR):
         return constraints.independent(constraints.interval(-pi, pi), len(fn.event_shape))
     return fn.support

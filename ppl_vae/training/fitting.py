@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ppl_vae import isolation, parameters
 from ppl_vae.batches import Batches, as_tuple
+from ppl_vae.objectives import Objective
 from ppl_vae.scoring import Program
 from ppl_vae.training.checkpoints import Checkpoint, Run
 from ppl_vae.training.history import History
@@ -51,7 +52,8 @@ def fit(
         guide: q(z given x), with the same arguments.
         *data: the training data: tensors with one row per datum, or one `Dataset`, or one `DataLoader` (which brings
             its own batches).
-        objective: any `pyro.infer.ELBO`; `Trace_ELBO()` by default.
+        objective: any `pyro.infer.ELBO`, of Pyro or of `ppl_vae.objectives`; `Trace_ELBO()` by default. A schedule
+            in it, such as of a KL warm-up, follows the share of training done.
         epochs: passes over the data.
         batch_size: of a step; the last batch of an epoch may be shorter.
         learning_rate: of Adam, a number or a function of the share of training done, from 0 to 1; so
@@ -107,7 +109,7 @@ def fit(
     held_out = None if validation is None else Batches(as_tuple(validation), batch_size)
     rate = learning_rate if callable(learning_rate) else lambda _: learning_rate
     settings = {
-        "objective": f"{type(objective).__name__}(num_particles={objective.num_particles})",
+        "objective": repr(objective) if isinstance(objective, Objective) else _described(objective),
         "data": batches.num_data,
         "batch_size": batches.size,
         "validation data": held_out.num_data if held_out else None,
@@ -122,13 +124,14 @@ def fit(
         trained = Trained(model, guide, objective, batches)
         optimizer = torch.optim.Adam(trained.parameters.values(), lr=rate(0.0), eps=eps, fused=True)
         run = Run(trained, optimizer)
+        trained.set_progress(kept.epochs / epochs)
         kept.restore(run, batches)
         history, start = run.history, kept.epochs
         began = time.perf_counter() - history.seconds
         quiet = {} if progress else {"disable": True}  # else the environment's TQDM_DISABLE has the say
         left = range(start, epochs) if history.stopped != "early stopping" else ()
         bar = tqdm(left, desc="fit", unit="epoch", initial=start, total=epochs, **quiet)
-        total, count = 0.0, 0
+        total, count = torch.zeros(2), 0
         try:
             for epoch in bar:
                 if time_limit is not None and time.perf_counter() - began >= time_limit:
@@ -137,12 +140,14 @@ def fit(
                 # Pyro's validation finds data outside a likelihood's support; once over the data is enough.
                 with pyro.validation_enabled(epoch == start):
                     for index, batch in enumerate(batches):
+                        share = (epoch + index / len(batches)) / epochs
+                        trained.set_progress(share)
                         for group in optimizer.param_groups:
-                            group["lr"] = rate((epoch + index / len(batches)) / epochs)
-                        loss = trained.step(optimizer, batch, clip_norm, f"epoch {epoch + 1}, batch {index + 1}")
-                        total, count = total + loss * len(batch[0]), count + len(batch[0])
-                history.loss.append(total / count)
-                total, count = 0.0, 0
+                            group["lr"] = rate(share)
+                        terms = trained.step(optimizer, batch, clip_norm, f"epoch {epoch + 1}, batch {index + 1}")
+                        total, count = total + terms * len(batch[0]), count + len(batch[0])
+                history.add(*(total / count).tolist())
+                total, count = torch.zeros(2), 0
                 parameters.check_store(trained.stored)
                 shown = {"loss": f"{history.loss[-1]:.3f}"}
                 if held_out is not None:
@@ -160,10 +165,14 @@ def fit(
         except KeyboardInterrupt:
             history.stopped = "interrupted"
             if count:
-                history.loss.append(total / count)
+                history.add(*(total / count).tolist())
         finally:
             bar.close()
             optimizer.zero_grad()
             kept.write()
     history.seconds = time.perf_counter() - began
     return history
+
+
+def _described(objective: ELBO) -> str:
+    return f"{type(objective).__name__}(num_particles={objective.num_particles})"

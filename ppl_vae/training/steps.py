@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ppl_vae import isolation, parameters, scoring
 from ppl_vae.batches import Batch, Batches
+from ppl_vae.objectives import Objective
 from ppl_vae.scoring import Program
 
 RECORDED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
@@ -48,6 +49,11 @@ class Trained:
                 )
         self.recorded_size = len(batch[0]) if isinstance(objective, RECORDED) else None
 
+    def set_progress(self, share: float) -> None:
+        """Tells an objective with a schedule the share of training done."""
+        if isinstance(self.objective, Objective):
+            self.objective.progress = share
+
     def per_datum(self, loss: Any, batch: Batch) -> Any:
         if self.recorded_size not in (None, len(batch[0])):
             raise ValueError(
@@ -57,12 +63,12 @@ class Trained:
             )
         return loss / (self.num_data or len(batch[0]))
 
-    def step(self, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None, where: str) -> float:
-        """One step of the optimiser on one batch: the loss per datum before it."""
+    def step(self, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None, where: str) -> Tensor:
+        """One step of the optimiser on one batch: the loss and the bound per datum before it."""
         state = torch.get_rng_state()
         optimizer.zero_grad()
         try:
-            loss = self._backward(batch)
+            loss, bound = self._backward(batch)
         except ValueError as error:
             # With validation on, NaN parameters are refused by the distributions before a loss comes of them.
             self._raise_if_not_finite(batch, state, where)
@@ -82,7 +88,7 @@ class Trained:
             clip_grads_with_norm_(self.parameters.values(), clip_norm, norm)
         self._keep()
         optimizer.step()
-        return loss
+        return torch.tensor([loss, bound], dtype=torch.float64)
 
     def warm_up(self, batches: Batches) -> None:
         """Lets the objective do what it does in its first step only, such as counting plates or recording the pair.
@@ -94,16 +100,15 @@ class Trained:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def _backward(self, batch: Batch) -> float:
-        """Adds the gradient of the loss per datum to the parameters; the loss."""
+    def _backward(self, batch: Batch) -> tuple[float, float]:
+        """Adds the gradient of the loss per datum to the parameters; the loss, and the bound."""
+        if isinstance(self.objective, Objective):
+            loss, bound = self.objective.terms(self.model, self.guide, *batch)
+            return self._differentiate(self.per_datum(loss, batch)), bound.mean().item()
         if hasattr(self.objective, "differentiable_loss"):
-            loss = self.per_datum(self.objective.differentiable_loss(self.model, self.guide, *batch), batch)
-            if not torch.is_tensor(loss) or not loss.requires_grad:
-                return float(loss)
-            if self.first:
-                parameters.check_graph(loss, self.parameters)
-            loss.backward()
-            return loss.item()
+            loss = self.objective.differentiable_loss(self.model, self.guide, *batch)
+            value = self._differentiate(self.per_datum(loss, batch))
+            return value, -value
         loss = self.objective.loss_and_grads(self.model, self.guide, *batch)
         if isinstance(loss, tuple):
             raise TypeError(
@@ -113,19 +118,34 @@ class Trained:
         for p in self.parameters.values():
             if p.grad is not None:
                 p.grad = self.per_datum(p.grad, batch)
-        return float(self.per_datum(loss, batch))
+        value = float(self.per_datum(loss, batch))
+        return value, -value
+
+    def _differentiate(self, loss: Any) -> float:
+        """Adds the gradient of a loss to the parameters; the loss as a number."""
+        if not torch.is_tensor(loss) or not loss.requires_grad:
+            return float(loss)
+        if self.first:
+            parameters.check_graph(loss, self.parameters)
+        loss.backward()
+        return loss.item()
 
     def evaluate(self, batches: Batches) -> float:
-        """The loss per datum over all batches, with the same random numbers every time."""
+        """Minus the bound per datum over all batches, with the same random numbers every time."""
         total, count = 0.0, 0
         with isolation.evaluation(self.model, self.guide, seed=0):
             for batch in batches.ordered():
                 try:
-                    loss = float(self.per_datum(self.objective.loss(self.model, self.guide, *batch), batch))
+                    loss = self._minus_bound(batch)
                 except ValueError as error:
                     raise ValueError(f"In the validation data: {_said(error)}") from error
                 total, count = total + loss * len(batch[0]), count + len(batch[0])
         return total / count
+
+    def _minus_bound(self, batch: Batch) -> float:
+        if isinstance(self.objective, Objective):
+            return -float(self.objective.terms(self.model, self.guide, *batch).bound.mean())
+        return float(self.per_datum(self.objective.loss(self.model, self.guide, *batch), batch))
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers of the modules that run; by way of the modules, which may replace them."""
