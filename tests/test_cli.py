@@ -76,7 +76,10 @@ def contents(folder: Path) -> set[str]:
 # Without torch
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["evaluate"], ["sample"], ["coin"], ["data"]])
+COMMANDS = ["demo", "train", "evaluate", "sample", "reproduce", "coin", "data"]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = f"""
 import sys
@@ -97,7 +100,7 @@ def test_the_installed_script_lists_its_commands() -> None:
         [Path(sys.executable).with_name("ppl-vae"), "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    for command in ("demo", "train", "evaluate", "sample", "coin", "data"):
+    for command in COMMANDS:
         assert command in done.stdout
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import ppl_vae as pv
 from ppl_vae import files
 from ppl_vae.evidence import Evidence
+from ppl_vae.evidence.blocks import at_least_one
 from ppl_vae.training import History
 
 # Stage i of the protocol: 3^i passes over the data at the learning rate 1e-3 · 10^(-i/7).
@@ -131,6 +132,9 @@ class Scoring:
 
     num_data: int
     num_samples: int
+
+    def __post_init__(self) -> None:
+        at_least_one("num_samples", self.num_samples)
 
 
 @dataclass(frozen=True)

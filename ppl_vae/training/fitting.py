@@ -62,7 +62,7 @@ def fit(
         validation: data of the same kind (a tuple where there are several tensors), scored after each epoch.
         patience: stop when validation has not improved for so many epochs, and go back to the best weights.
         clip_norm: the largest norm of the gradient of the loss per datum.
-        time_limit: seconds, those before a resumption among them, after which no other epoch begins.
+        time_limit: seconds, those before a resumption among them, after which no epoch begins but the first.
         checkpoint: a folder, for a file from which the run can go on as if it had never stopped. It is written after
             an epoch, at most every ten seconds, and when training ends for whatever reason; a kill leaves the earlier
             one whole. An epoch cut short is begun again.
@@ -134,7 +134,7 @@ def fit(
         total, count = torch.zeros(2), 0
         try:
             for epoch in bar:
-                if time_limit is not None and time.perf_counter() - began >= time_limit:
+                if time_limit is not None and epoch > 0 and time.perf_counter() - began >= time_limit:
                     history.stopped = "time limit"
                     break
                 # Pyro's validation finds data outside a likelihood's support; once over the data is enough.
