@@ -226,7 +226,8 @@ def reproduce(
 ) -> None:
     """Repeat a published experiment within a budget, and print its number beside the published one.
 
-    The same command goes on where it was stopped, and a larger budget where a smaller one ended.
+    The same command goes on where it was stopped, and a larger budget where a smaller one ended. All is as published,
+    but that batches come in random order and that the scale of a latent is the softplus of its feature.
     """
     from ppl_vae.cli import reproduction
 
