@@ -7,11 +7,11 @@ says what is believed, the right side does inference with whatever pair it is gi
     0  networks  likelihoods  distributions                      scoring  pareto
     1  priors  posteriors                                        proposals  parameters  batches  objectives
     2  coin  vae  linear_gaussian  hierarchical  conditional     evidence  training
-    3  autoencoder  semi_supervised                              gaps
+    3  autoencoder  semi_supervised                              gaps  diagnostics
     4  storage
 
        neither: isolation  data  files  plots  reporting
-       both: cli  and this file
+       both: comparing  cli  and this file
 
 A room imports from rooms below it on its own side and from those of neither side.
 
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
         batches,
         cli,
         coin,
+        comparing,
         conditional,
         data,
+        diagnostics,
         distributions,
         evidence,
         files,
@@ -60,7 +62,9 @@ if TYPE_CHECKING:
         vae,
     )
     from ppl_vae.autoencoder import Autoencoder
+    from ppl_vae.comparing import Comparison, compare
     from ppl_vae.conditional import ConditionalVAE
+    from ppl_vae.diagnostics import Diagnostics, diagnose
     from ppl_vae.evidence import (
         AnnealedEvidence,
         Bounds,
@@ -109,8 +113,10 @@ __all__ = [
     "Autoencoder",
     "BetaELBO",
     "Bounds",
+    "Comparison",
     "ConditionalVAE",
     "DReG",
+    "Diagnostics",
     "Evidence",
     "Exact",
     "FreeBits",
@@ -130,8 +136,12 @@ __all__ = [
     "bounds",
     "cli",
     "coin",
+    "compare",
+    "comparing",
     "conditional",
     "data",
+    "diagnose",
+    "diagnostics",
     "distributions",
     "enumeration",
     "evidence",
@@ -172,6 +182,8 @@ _ROOM_OF = {
     "Autoencoder": "autoencoder",
     "BetaELBO": "objectives",
     "Bounds": "evidence",
+    "Comparison": "comparing",
+    "Diagnostics": "diagnostics",
     "DReG": "objectives",
     "ConditionalVAE": "conditional",
     "Evidence": "evidence",
@@ -193,6 +205,8 @@ _ROOM_OF = {
     "annealed_importance_sampling": "evidence",
     "bits_per_dim": "likelihoods",
     "bounds": "evidence",
+    "compare": "comparing",
+    "diagnose": "diagnostics",
     "enumeration": "evidence",
     "fit": "training",
     "grid_integration": "evidence",

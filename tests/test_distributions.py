@@ -41,7 +41,7 @@ def flow(dim: int = 2) -> Flow:
 DISTRIBUTIONS: dict[str, Any] = {"mixture": mixture, "flow": flow}
 
 
-def grid(reach: float = 14.0, num: int = 700) -> tuple[Tensor, float]:
+def grid(reach: float = 10.0, num: int = 400) -> tuple[Tensor, float]:
     axis = torch.linspace(-reach, reach, num).double()
     return torch.cartesian_prod(axis, axis), (2 * reach / (num - 1)) ** 2
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from math import log, pi
 from typing import Any
 
+import pairs
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -27,7 +28,6 @@ from ppl_vae.posteriors import (
     SplineFlow,
 )
 from ppl_vae.priors import Flat, FlowPrior, GaussianMixture, StandardNormal, VampPrior
-from tests.pairs import LATENT_DIM, linear_gaussian, simulated
 
 POSTERIORS: dict[str, Any] = {
     "diagonal": lambda dim: DiagonalNormal(),
@@ -63,7 +63,7 @@ def trained(module: Any) -> Any:
     return module
 
 
-def grid(reach: float = 12.0, num: int = 500) -> tuple[Tensor, float]:
+def grid(reach: float = 10.0, num: int = 300) -> tuple[Tensor, float]:
     axis = torch.linspace(-reach, reach, num).double()
     return torch.cartesian_prod(axis, axis), (2 * reach / (num - 1)) ** 2
 
@@ -197,14 +197,14 @@ class TestFullCovariance:
 
     def test_the_exact_posterior_is_one_of_it(self) -> None:
         """So that every weight is p(x); without what is below the diagonal it would not be."""
-        lg = linear_gaussian()
-        x, family = simulated(lg), FullCovarianceNormal()
+        lg = pairs.linear_gaussian()
+        x, family = pairs.simulated(lg), FullCovarianceNormal()
 
         def log_weights(keep: float) -> Tensor:
             def guide(data: Tensor) -> None:
                 exact = lg.posterior(data)
                 features = features_of(exact.mean, exact.covariance_matrix.expand(len(data), -1, -1))
-                features[:, 2 * LATENT_DIM :] *= keep
+                features[:, 2 * pairs.LATENT_DIM :] *= keep
                 with pyro.plate("data", len(data)):
                     pyro.sample("z", family(features))
 

@@ -92,7 +92,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     state, other = program.state_dict(), again.state_dict()
     assert list(state) == list(other)
     assert all(torch.equal(state[key], other[key]) and state[key].dtype == other[key].dtype for key in state)
-    assert storage._described(again) == storage._described(program)
+    assert storage.described(again) == storage.described(program)
     if isinstance(program, pv.M2):
         x = torch.rand(5, *program.data_shape)
         assert torch.equal(program.classify(x).logits, again.classify(x).logits)

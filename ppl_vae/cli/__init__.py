@@ -176,6 +176,57 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    data: DataName,
+    root: Root = None,
+    download: Download = False,
+    likelihoods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES", help="Such as bernoulli,gaussian,binomial; or all that have a place on the data."
+        ),
+    ] = "all",
+    latent_dim: Annotated[int, typer.Option(help="The length of z.")] = 10,
+    hidden_dims: Annotated[
+        str, typer.Option(metavar="WIDTHS", help="Widths of the hidden layers of the mlps, such as 400,400.")
+    ] = "256",
+    epochs: Annotated[int, typer.Option(help="Passes over the data, at most.")] = 60,
+    batch_size: Annotated[int, typer.Option(help="Data in a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, at first; it decays to a twentieth.")] = 2e-3,
+    patience: Annotated[
+        int, typer.Option(help="Stop when the held-out tenth has not improved for so many epochs.")
+    ] = 10,
+    num_samples: Annotated[int, typer.Option(help="Importance samples for each datum.")] = 1000,
+    num_data: Annotated[
+        int | None, typer.Option(help="Score only so many test data, chosen by the seed. Default: all.")
+    ] = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write. Default: runs/compare-DATA.", show_default=False)
+    ] = None,
+) -> None:
+    """Train the same networks under several likelihoods: one table per measure, and pictures. Goes on where it was."""
+    import ppl_vae as pv
+    from ppl_vae.cli import comparison, runs
+
+    source = runs.recorded_source(data)
+    comparison.compare(
+        pv.data.load(data, root=root, download=download),
+        likelihoods,
+        out or Path("runs", f"compare-{Path(source).stem}"),
+        num_data=num_data,
+        seed=seed,
+        latent_dim=latent_dim,
+        hidden_dims=runs.widths(hidden_dims) or [],
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        patience=patience,
+        num_samples=num_samples,
+    )
+
+
+@app.command()
 def sample(
     run: RunFolder,
     num_samples: Annotated[int, typer.Option(help="How many images.")] = 64,

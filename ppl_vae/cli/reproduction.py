@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import ppl_vae as pv
 from ppl_vae import files
+from ppl_vae.diagnostics import Diagnostics
 from ppl_vae.evidence import Evidence
 from ppl_vae.evidence.blocks import at_least_one
 from ppl_vae.training import History
@@ -230,14 +231,13 @@ def _passes_in(seconds: float, experiment: Experiment, images: Tensor) -> int:
     return max(1, int(seconds / (history.seconds / 3) * len(some) / len(images)))
 
 
-def active_units(program: Any, layers: int, x: Tensor) -> str:
-    """How many latent dimensions have a posterior mean that varies over the data by more than 0.01, layer by layer."""
-    with pv.isolation.evaluation(program, seed=0):
-        q = program.encode(x)
-        means = [q.mean]
-        if layers == 2:
-            means.append(torch.stack([program.guide.ascend(q.sample()).mean for _ in range(100)]).mean(0))
-    return "+".join(str(int((mean.var(0) > 0.01).sum())) for mean in means)
+def active_units(found: Diagnostics) -> str:
+    """How many latent dimensions are active in each layer, the one next to the data first: "16+5"."""
+    counts: dict[str, int] = {}
+    for name, active in zip(found.dimensions, found.active.tolist(), strict=True):
+        layer = name.split("[")[0]
+        counts[layer] = counts.get(layer, 0) + active
+    return "+".join(str(counts[layer]) for layer in sorted(counts))
 
 
 def _report(run: Run, test: Tensor, scoring: Scoring, out: Path) -> None:
@@ -247,7 +247,7 @@ def _report(run: Run, test: Tensor, scoring: Scoring, out: Path) -> None:
     evidence = pv.importance_sampling(
         program.model, program.guide, test[index], num_samples=scoring.num_samples, seed=seed
     )
-    units = active_units(program, run.experiment.layers, test)
+    units = active_units(pv.diagnose(program.model, program.guide, test[index], num_samples=20, seed=seed))
     warnings = [*_warnings(run, len(index), len(test)), *evidence.warnings()]
     typer.echo("\n".join([*_table(run, evidence, units), *(f"! {warning}" for warning in warnings)]))
     per_image = {name: getattr(evidence, name) for name in ("log_px", "standard_error", "elbo", "pareto_k")}

@@ -13,8 +13,8 @@ from torch.nn.functional import silu
 
 from ppl_vae import isolation
 
-# A layer stretches by at most e³: no step of an optimiser throws it out of the numbers. Pyro clips beyond that.
-MOST_LOG_SCALE = 3.0
+# A layer stretches by at most e²: with more, a step that is too large makes densities that no number format resolves.
+MOST_LOG_SCALE = 2.0
 # Pairs of draws for a mean that has no closed form.
 MEAN_PAIRS = 50
 

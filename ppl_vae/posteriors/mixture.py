@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from ppl_vae import distributions
 from ppl_vae.posteriors.contract import Posterior, checked_floor
 
+# A logit for a feature of 1.
+SLOWNESS = 0.1
+
 
 class NormalMixture(Posterior):
     """q(z given x) = Σ_k π_k N(loc_k, diag(scale_k²)), for posteriors of several modes.
 
     Draws are reparameterised, proportions included (see `distributions.NormalMixture`), so that `Trace_ELBO` trains it
-    as it trains a normal.
+    as it trains a normal. Two choices keep components alive until each has found a mode of its own: where all features
+    are 0 they lie apart, two units from first to last, and logits are a tenth of their features, so that proportions
+    move more slowly than places.
 
     Args:
         num_components: K.
         floor: the smallest standard deviation of a component, in units of z.
 
     Shapes:
-        features `(*batch, num_features(latent_dim))`: K logits, K locations, K scales, to a distribution of batch
-        shape `batch` and event shape `(latent_dim,)`.
+        features `(*batch, num_features(latent_dim))`: K for the logits, K locations, K scales, to a distribution of
+        batch shape `batch` and event shape `(latent_dim,)`.
 
     Example:
-        >>> import torch
         >>> posterior = NormalMixture(5)
         >>> q = posterior(torch.randn(7, posterior.num_features(3)))
         >>> q.batch_shape, q.event_shape, q.has_rsample
@@ -45,4 +50,6 @@ class NormalMixture(Posterior):
         num = self.num_components
         logits, of_components = features[..., :num], features[..., num:].unflatten(-1, (2, num, -1))
         loc, raw = of_components.unbind(-3)
-        return distributions.NormalMixture(logits, loc, self.floor + softplus(raw))
+        apart = torch.linspace(-1, 1, num).to(loc).unsqueeze(-1) if num > 1 else 0.0
+        loc = loc + apart / loc.shape[-1] ** 0.5
+        return distributions.NormalMixture(SLOWNESS * logits, loc, self.floor + softplus(raw))
