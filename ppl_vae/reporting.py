@@ -1,4 +1,7 @@
-"""Figures and tables in, one self-contained HTML page out: no network, readable on a phone and in print."""
+"""Figures and tables in; out come lines of text, picture files, and one self-contained HTML page.
+
+The page needs no network, and is readable on a phone and in print.
+"""
 
 from __future__ import annotations
 
@@ -107,9 +110,7 @@ class Page:
         whole = figure.get_figure(root=True)  # a figure returns itself
         if whole is None:
             raise ValueError("Expected axes on a figure, got axes that were removed from theirs. Pass the figure.")
-        buffer = io.BytesIO()
-        whole.savefig(buffer, format="png", dpi=160, bbox_inches="tight", facecolor="white")
-        data = base64.b64encode(buffer.getvalue()).decode()
+        data = base64.b64encode(_rendered(whole, "png")).decode()
         self._add_figure(f'<img src="data:image/png;base64,{data}" alt="{html.escape(caption)}">', caption)
 
     def html(self) -> str:
@@ -146,6 +147,53 @@ class Page:
 
     def _add_figure(self, content: str, caption: str) -> None:
         self._parts.append(f"<figure>\n{content}\n<figcaption>{html.escape(caption)}</figcaption>\n</figure>")
+
+
+def text_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """A table as lines of text: the first column to the left, all others to the right.
+
+    Args:
+        rows: one mapping per row, all with the same keys, which become the head.
+
+    Raises:
+        ValueError: there is no row.
+
+    Example:
+        >>> print(text_table([{"model": "VAE", "bits": 2.25}, {"model": "AE", "bits": "–"}]))
+        model  bits
+        VAE    2.25
+        AE        –
+    """
+    if not rows:
+        raise ValueError("Expected at least one row, got an empty table.")
+    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    )
+
+
+def write_picture(figure: Figure | Axes, path: str | os.PathLike[str]) -> None:
+    """Writes a figure, or the one that axes are on, to a file in one step, in the format of its suffix, and closes it.
+
+    Raises:
+        ValueError: the suffix names no format of pictures.
+        OSError: as for `ppl_vae.files.write_bytes_atomically`.
+    """
+    from matplotlib import pyplot  # here, because it would slow the start of every program
+
+    whole = figure.get_figure(root=True)
+    assert whole is not None
+    data = _rendered(whole, os.path.splitext(path)[1].removeprefix(".") or "png")
+    pyplot.close(whole)
+    files.write_bytes_atomically(path, data)
+
+
+def _rendered(figure: Figure, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=160, bbox_inches="tight", facecolor="white")
+    return buffer.getvalue()
 
 
 def _kind(cells: Sequence[str]) -> str:

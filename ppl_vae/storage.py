@@ -10,18 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppl_vae import files, likelihoods
+from ppl_vae import files, likelihoods, posteriors, priors
 from ppl_vae.autoencoder import Autoencoder
 from ppl_vae.coin import BetaBernoulli
+from ppl_vae.conditional import ConditionalVAE
+from ppl_vae.hierarchical import HierarchicalVAE
 from ppl_vae.linear_gaussian import LinearGaussian
-from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder
-from ppl_vae.posteriors import DiagonalNormal, Point
-from ppl_vae.priors import Flat, StandardNormal
+from ppl_vae.networks import MLP, ConditionalMLP, ConvDecoder, ConvEncoder
+from ppl_vae.semi_supervised import M2
 from ppl_vae.vae import VAE
 
 # What a file may name. Nothing else is ever imported or called on the word of a file.
-PROGRAMS = (VAE, Autoencoder, LinearGaussian, BetaBernoulli)
-PARTS = (StandardNormal, Flat, DiagonalNormal, Point, MLP, ConvEncoder, ConvDecoder)
+PROGRAMS = (VAE, Autoencoder, HierarchicalVAE, ConditionalVAE, M2, LinearGaussian, BetaBernoulli)
+NETWORKS = (MLP, ConditionalMLP, ConvEncoder, ConvDecoder)
+PRIORS = (priors.Flat, priors.FlowPrior, priors.GaussianMixture, priors.StandardNormal, priors.VampPrior)
+POSTERIORS = (
+    posteriors.CouplingFlow,
+    posteriors.DiagonalNormal,
+    posteriors.FullCovarianceNormal,
+    posteriors.NormalMixture,
+    posteriors.Point,
+    posteriors.SplineFlow,
+)
 LIKELIHOODS = (
     likelihoods.Bernoulli,
     likelihoods.Beta,
@@ -41,7 +51,8 @@ LIKELIHOODS = (
     likelihoods.ZeroInflatedNegativeBinomial,
 )
 LAYERS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Linear, nn.Dropout)
-KNOWN: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (*PROGRAMS, *PARTS, *LIKELIHOODS, *LAYERS)}
+ALL = (*PROGRAMS, *NETWORKS, *PRIORS, *POSTERIORS, *LIKELIHOODS, *LAYERS)
+KNOWN: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in ALL}
 
 
 def save(program: nn.Module, path: str | Path) -> None:
@@ -62,7 +73,7 @@ def save(program: nn.Module, path: str | Path) -> None:
         >>> torch.equal(vae.encode(x).mean, again.encode(x).mean)
         True
     """
-    files.write_tensors(path, program.state_dict(), {"program": json.dumps(_described(program))})
+    files.write_tensors(path, program.state_dict(), {"program": json.dumps(described(program))})
 
 
 def load(path: str | Path, *, into: nn.Module | None = None) -> Any:
@@ -92,16 +103,21 @@ def load(path: str | Path, *, into: nn.Module | None = None) -> Any:
     return program
 
 
-def _described(value: Any) -> Any:
-    """A constructor's argument as JSON: every class keeps its arguments as attributes of the same name."""
+def described(value: Any) -> Any:
+    """How a program was built, as JSON: every class keeps its arguments as attributes of the same name.
+
+    Example:
+        >>> described(likelihoods.Binomial(17))
+        {'class': 'Binomial', 'arguments': {'levels': 17}}
+    """
     if isinstance(value, nn.Sequential):
-        return {"class": "Sequential", "modules": [_described(module) for module in value]}
+        return {"class": "Sequential", "modules": [described(module) for module in value]}
     if isinstance(value, nn.Module):
         name = type(value).__name__
         if KNOWN.get(name) is not type(value):
             return {"class": f"{type(value).__module__}.{type(value).__qualname__}"}
         names = [name for name in inspect.signature(type(value)).parameters if hasattr(value, name)]
-        return {"class": name, "arguments": {name: _described(getattr(value, name)) for name in names}}
+        return {"class": name, "arguments": {name: described(getattr(value, name)) for name in names}}
     if isinstance(value, Tensor):
         if isinstance(value, nn.Parameter):
             return True  # nn.Linear(bias=True) keeps the bias itself under that name
@@ -109,19 +125,21 @@ def _described(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _built(described: Any, path: str | Path) -> Any:
-    """The inverse of `_described`; tensors are ones until the weights are loaded."""
-    if isinstance(described, list):
-        return tuple(described)
-    if not isinstance(described, dict):
-        return described
-    if "tensor" in described:
-        return torch.ones(described["tensor"], dtype=getattr(torch, described["dtype"]))
-    if described.get("class") == "Sequential":
-        return nn.Sequential(*(_built(module, path) for module in described["modules"]))
-    if described.get("class") not in KNOWN or "arguments" not in described:
+def _built(description: Any, path: str | Path) -> Any:
+    """The inverse of `described`; tensors are ones until the weights are loaded."""
+    if isinstance(description, list):
+        return tuple(description)
+    if not isinstance(description, dict):
+        return description
+    if "tensor" in description:
+        return torch.ones(description["tensor"], dtype=getattr(torch, description["dtype"]))
+    if description.get("class") == "Sequential":
+        return nn.Sequential(*(_built(module, path) for module in description["modules"]))
+    if description.get("class") not in KNOWN or "arguments" not in description:
         raise ValueError(
-            f"{path} holds a {described.get('class')}, which is not a class of this package. Build the program as it "
+            f"{path} holds a {description.get('class')}, which is not a class of this package. Build the program as it "
             "was built when saved, and load the weights into it: load(path, into=program)."
         )
-    return KNOWN[described["class"]](**{name: _built(value, path) for name, value in described["arguments"].items()})
+    return KNOWN[description["class"]](
+        **{name: _built(value, path) for name, value in description["arguments"].items()}
+    )

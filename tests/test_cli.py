@@ -76,7 +76,10 @@ def contents(folder: Path) -> set[str]:
 # Without torch
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["evaluate"], ["sample"], ["coin"], ["data"]])
+COMMANDS = ["demo", "train", "evaluate", "compare", "sample", "reproduce", "coin", "data"]
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = f"""
 import sys
@@ -97,8 +100,54 @@ def test_the_installed_script_lists_its_commands() -> None:
         [Path(sys.executable).with_name("ppl-vae"), "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
-    for command in ("demo", "train", "evaluate", "sample", "coin", "data"):
+    for command in COMMANDS:
         assert command in done.stdout
+
+
+# Comparing
+
+FEW_DIGITS = ["--epochs", 1, "--hidden-dims", "11", "--latent-dim", 2, "--num-samples", 20, "--num-data", 30]
+
+
+def test_likelihoods_are_compared_in_tables_of_their_measure(
+    ppl_vae: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["compare", "digits", "--likelihoods", "bernoulli, gaussian", *FEW_DIGITS]
+    first = ppl_vae(*command)
+    assert first.code == 0, first.err
+    folder = tmp_path / "runs/compare-digits"
+    rows = {row["name"]: row for row in json.loads((folder / "comparison.json").read_text())["rows"]}
+    assert list(rows) == ["bernoulli", "gaussian"]
+    titles = "Probability on {0, 1}: ", "Density on the line: 17 levels dequantised"
+    for title, row in zip(titles, rows.values(), strict=True):
+        table = first.out[first.out.index(title) :].split("\n\n")[0]
+        assert table.count("\n") == 2
+        assert f"{row['bits_per_dim']:.3f} ± {row['bits_per_dim_standard_error']:.3f}" in table
+        assert f"{row['log_px']:.2f} ± {row['log_px_standard_error']:.2f}" in table
+    assert [row["bits_are_an_upper_bound"] for row in rows.values()] == [False, True]
+    assert {f"figures/{name}.png" for name in ("samples", "reconstructions", "calibration")} <= contents(folder)
+    assert pv.load(folder / "rows/gaussian/weights.safetensors").latent_dim == 2
+
+    def fit(*args: Any, **options: Any) -> None:
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr("ppl_vae.comparing.running.fit", fit)
+    assert ppl_vae(*command).out == first.out
+    said = ppl_vae(*command, "--epochs", 2).sentence()
+    assert "a row of another configuration (epochs 1, now 2)" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--likelihoods", "bernouli"], "There is no likelihood 'bernouli' for digits, whose levels are 17. There are"),
+        (["--num-data", 1], "from 2 to 359 test data; got 1"),
+        (["--hidden-dims", "a"], "such as 400,400"),
+    ],
+)
+def test_compare_refuses_before_any_work(ppl_vae: Runner, tmp_path: Path, options: list[object], said: str) -> None:
+    assert said in ppl_vae("compare", "digits", *options).sentence()
+    assert not (tmp_path / "runs").exists()
 
 
 # The demonstration
@@ -206,6 +255,14 @@ def test_a_run_on_digits_is_trained_evaluated_and_sampled(ppl_vae: Runner, tmp_p
 
     # The file's numbers are those of the library on the same data.
     vae, test = pv.load(run / "weights.safetensors"), pv.data.load("digits").static_binarization(seed=3).test
+    found = pv.diagnose(vae.model, vae.guide, test)
+    assert f"{found.mean['mutual_information']:.4f}" in evaluated.out
+    assert results["diagnostics"]["mean"] == pytest.approx(found.mean, abs=1e-4)
+    assert results["diagnostics"]["active_units"] == found.num_active
+    kl = [latent["kl"] for latent in results["diagnostics"]["latents"].values()]
+    assert kl == pytest.approx(per_datum["kl_per_dimension"].mean(0).tolist())
+    assert torch.allclose(per_datum["kl_to_prior"], per_datum["kl_per_dimension"].sum(1))
+    assert "figures/kl_per_dimension.png" in contents(run)
     again = pv.importance_sampling(vae.model, vae.guide, test, num_samples=50, seed=0, max_rows=4096)
     assert torch.allclose(again.log_px, per_datum["log_px"], atol=1e-4)
 

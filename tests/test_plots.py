@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from math import sqrt
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +41,7 @@ def test_importing_plots_does_not_import_pyplot() -> None:
 
 
 def test_every_picture_is_drawn_on_the_axes_it_is_given() -> None:
-    axes = plt.subplots(2, 4)[1].flat
+    axes = plt.subplots(2, 5)[1].flat
     images = torch.rand(4, 5, 5)
     draw = [
         lambda ax: plots.loss_curve(SimpleNamespace(loss=[2.0, 1.0], validation=[]), ax=ax),
@@ -50,6 +52,8 @@ def test_every_picture_is_drawn_on_the_axes_it_is_given() -> None:
         lambda ax: plots.estimate_against_samples([1, 2], [-2.0, -1.0], ax=ax),
         lambda ax: plots.pareto_k(torch.rand(5), ax=ax),
         lambda ax: plots.ladder(["ELBO", "IWAE 10"], [-2.0, -1.0], ax=ax),
+        lambda ax: plots.kl_per_dimension(torch.rand(7, 3), ax=ax),
+        lambda ax: plots.calibration(torch.rand(500), ax=ax),
     ]
     for function, ax in zip(draw, axes, strict=True):
         assert function(ax) is ax
@@ -406,3 +410,58 @@ def test_pareto_k_refuses_other_shapes() -> None:
     for k in (torch.rand(2, 2), torch.rand(0)):
         with pytest.raises(ValueError, match="one Pareto k per datum"):
             plots.pareto_k(k)
+
+
+def test_kl_per_dimension_draws_the_largest_first_and_greys_what_is_not_active() -> None:
+    kl = torch.tensor([[0.1, 3.0, 0.0], [0.3, 4.0, 0.0]])
+    ax = plots.kl_per_dimension(kl, active=torch.tensor([True, True, False]), names=["a", "b", "c"])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["b", "a", "c"]
+    by_place = {round(bar.get_x() + bar.get_width() / 2): bar for bar in ax.patches}
+    assert [by_place[i].get_height() for i in range(3)] == pytest.approx([3.5, 0.2, 0.0])
+    assert by_place[0].get_facecolor() == by_place[1].get_facecolor() != by_place[2].get_facecolor()
+    assert legend(ax) == ["active: 2 of 3", "not active: 1 of 3"]
+    # Two standard errors to both sides: sd / √N is 0.5 for b.
+    assert ax.collections[0].get_segments()[0][:, 1].tolist() == pytest.approx([2.5, 4.5])
+    plots.kl_per_dimension(torch.rand(1, 40))
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.rand(3), torch.rand(0, 3), torch.full((2, 2), torch.inf)], ids=["vector", "no data", "infinite"]
+)
+def test_kl_per_dimension_refuses(wrong: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="Expected finite KL"):
+        plots.kl_per_dimension(wrong)
+    with pytest.raises(ValueError, match="an activity and a name for each of 2"):
+        plots.kl_per_dimension(torch.rand(3, 2), names=["a"])
+
+
+def test_calibration_of_uniform_numbers_stays_in_its_band() -> None:
+    g = torch.Generator().manual_seed(0)
+    ax = plots.calibration(torch.rand(5000, generator=g))
+    low, high = _band(ax)
+    heights = [bar.get_height() for bar in _bars(ax)]
+    assert len(heights) == 20
+    assert sum(heights) == pytest.approx(20)
+    assert low < min(heights) < max(heights) < high
+    # 1 ± 3.48 √(19 / 5000): the normal quantile of 0.01 / 40.
+    assert high - 1 == pytest.approx(1 - low) == pytest.approx(3.4808 * sqrt(19 / 5000), rel=1e-3)
+    heights = [bar.get_height() for bar in _bars(plots.calibration(torch.rand(5000, generator=g).square()))]
+    assert heights[0] > high
+
+
+def test_calibration_refuses() -> None:
+    with pytest.raises(ValueError, match="5 numbers for each"):
+        plots.calibration(torch.rand(99))
+    with pytest.raises(ValueError, match=r"numbers in \[0, 1\]"):
+        plots.calibration(torch.rand(500) + 0.5)
+    with pytest.raises(ValueError, match=r"numbers in \[0, 1\]"):
+        plots.calibration(torch.full((500,), torch.nan))
+
+
+def _bars(ax: Any) -> list[Any]:
+    return list(ax.containers[0])
+
+
+def _band(ax: Any) -> tuple[float, float]:
+    (band,) = [patch for patch in ax.patches if patch not in _bars(ax)]
+    return band.get_y(), band.get_y() + band.get_height()

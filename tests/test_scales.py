@@ -214,6 +214,30 @@ def test_data_that_do_not_lie_on_a_scale_are_refused(scale: data.Scale, x: Tenso
         scale.check(x)
 
 
+@pytest.mark.parametrize("on_line", [False, True])
+@pytest.mark.parametrize("shape", [(), (11, 1, 1), (1, 3, 5), (1, 1, 5)])
+def test_noise_that_numbers_share_is_refused(shape: tuple[int, ...], on_line: bool) -> None:
+    """One for all, for each datum, for each dimension of all data."""
+    scale = Logit(256) if on_line else Dequantized(256)
+    levels = torch.randint(256, (11, 3, 5))
+
+    def placed(u: Tensor) -> Tensor:
+        return scale.from_unit((levels + u) / 256)
+
+    u = torch.rand(11, 3, 5).clamp(0.01, 0.99)
+    scale.check(placed(u))
+    shared = scale.holds(placed(torch.rand(shape) * 0.9 + 0.05))
+    assert not shared.any()
+    if shape == (11, 1, 1):  # of one datum alone
+        u[7] = 0.3
+        assert scale.holds(placed(u)).flatten(1).all(1).tolist() == [n != 7 for n in range(11)]
+
+
+def test_few_numbers_may_agree() -> None:
+    Dequantized(17).check(torch.full((7, 1), 0.3))
+    Dequantized(17).check(torch.zeros(0, 3))
+
+
 def test_bad_scales_are_refused(digits: Data) -> None:
     for bad in (1, 0, 2.0, 65537, None):
         with pytest.raises(ValueError, match="2 to 65536; got"):

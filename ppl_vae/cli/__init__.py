@@ -176,6 +176,57 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    data: DataName,
+    root: Root = None,
+    download: Download = False,
+    likelihoods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES", help="Such as bernoulli,gaussian,binomial; or all that have a place on the data."
+        ),
+    ] = "all",
+    latent_dim: Annotated[int, typer.Option(help="The length of z.")] = 10,
+    hidden_dims: Annotated[
+        str, typer.Option(metavar="WIDTHS", help="Widths of the hidden layers of the mlps, such as 400,400.")
+    ] = "256",
+    epochs: Annotated[int, typer.Option(help="Passes over the data, at most.")] = 60,
+    batch_size: Annotated[int, typer.Option(help="Data in a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, at first; it decays to a twentieth.")] = 2e-3,
+    patience: Annotated[
+        int, typer.Option(help="Stop when the held-out tenth has not improved for so many epochs.")
+    ] = 10,
+    num_samples: Annotated[int, typer.Option(help="Importance samples for each datum.")] = 1000,
+    num_data: Annotated[
+        int | None, typer.Option(help="Score only so many test data, chosen by the seed. Default: all.")
+    ] = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write. Default: runs/compare-DATA.", show_default=False)
+    ] = None,
+) -> None:
+    """Train the same networks under several likelihoods: one table per measure, and pictures. Goes on where it was."""
+    import ppl_vae as pv
+    from ppl_vae.cli import comparison, runs
+
+    source = runs.recorded_source(data)
+    comparison.compare(
+        pv.data.load(data, root=root, download=download),
+        likelihoods,
+        out or Path("runs", f"compare-{Path(source).stem}"),
+        num_data=num_data,
+        seed=seed,
+        latent_dim=latent_dim,
+        hidden_dims=runs.widths(hidden_dims) or [],
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        patience=patience,
+        num_samples=num_samples,
+    )
+
+
+@app.command()
 def sample(
     run: RunFolder,
     num_samples: Annotated[int, typer.Option(help="How many images.")] = 64,
@@ -187,6 +238,58 @@ def sample(
 
     runs.write_samples(run, out, num_samples=num_samples, seed=seed)
     typer.echo(f"{num_samples} samples are in {out}.")
+
+
+@app.command()
+def reproduce(
+    paper: Annotated[Literal["iwae"], typer.Argument(help="iwae: Burda et al. (2016), Table 1, MNIST.")],
+    layers: Annotated[Literal["1", "2"], typer.Option(help="Stochastic layers.")] = "1",
+    k: Annotated[Literal["1", "5", "50"], typer.Option(help="Samples of z for each image and step.")] = "1",
+    objective: Annotated[
+        Literal["iwae", "vae", "dreg"],
+        typer.Option(help="The bound of k samples, the mean of k ELBOs, or the bound with a less noisy gradient."),
+    ] = "iwae",
+    passes: Annotated[
+        int | None,
+        typer.Option(help="Stop after so many passes over the data. Default: all 3,280.", show_default=False),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Stop after the pass in which so many minutes of training are over.", show_default=False),
+    ] = None,
+    compressed: Annotated[
+        bool,
+        typer.Option(
+            "--compressed",
+            help="Not the beginning of the protocol but all its learning rates within the passes or minutes, in "
+            "batches of 100. For a short budget this ends higher.",
+        ),
+    ] = False,
+    root: Root = None,
+    download: Download = False,
+    num_data: Annotated[int, typer.Option(help="How many test images to score, chosen by the seed.")] = 1000,
+    num_samples: Annotated[int, typer.Option(help="Importance samples for each; 5,000 as published.")] = 5000,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the run. Default: runs/iwae-LAYERS-K-OBJECTIVE.", show_default=False),
+    ] = None,
+) -> None:
+    """Repeat a published experiment within a budget, and print its number beside the published one.
+
+    The same command goes on where it was stopped, and a larger budget where a smaller one ended. All is as published,
+    but that batches come in random order and that the scale of a latent is the softplus of its feature.
+    """
+    from ppl_vae.cli import reproduction
+
+    budget = reproduction.Budget(passes, minutes, compressed)
+    experiment = reproduction.Experiment(int(layers), int(k), objective, seed, budget.compressed_to)
+    out = out or Path("runs", f"{paper}-{layers}-{k}-{objective}")
+    scoring = reproduction.Scoring(num_data, num_samples)
+    history = reproduction.reproduce(experiment, budget, scoring, out, root=root, download=download)
+    if history.stopped == "interrupted":
+        typer.echo(f"{history}\nThe same command goes on from {out}.", err=True)
+        raise typer.Exit(130)
 
 
 @app.command()

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import typer
 
 import ppl_vae as pv
 from ppl_vae import plots
 from ppl_vae.cli import evaluation, pictures, runs
-from ppl_vae.reporting import Page
+from ppl_vae.reporting import Page, text_table
 
 if TYPE_CHECKING:
     from ppl_vae.cli.pictures import Picture
@@ -42,7 +39,7 @@ class Part:
 
 def run_demo(out: Path, *, epochs: int, num_samples: int, seed: int) -> None:
     """Trains, scores and draws a VAE for each decoder; prints a table, and writes two run folders and a report."""
-    with runs.new_folder(out, overwrite=True, mark="bernoulli/run.json") as folder, _one_thread():
+    with runs.new_folder(out, overwrite=True, mark="bernoulli/run.json") as folder, runs.one_thread():
         parts = []
         for likelihood, binarization, title in DECODERS:
             configuration = runs.Configuration(
@@ -64,7 +61,7 @@ def run_demo(out: Path, *, epochs: int, num_samples: int, seed: int) -> None:
         for (likelihood, _, _), part in zip(DECODERS, parts, strict=True):
             pictures.draw(part.pictures, folder / likelihood)
     caption = f"Test data, nats per datum, {num_samples:,} importance samples each:"
-    typer.echo("\n".join(["", caption, "", *_aligned([part.row for part in parts]), "", NOT_COMPARABLE]))
+    typer.echo("\n".join(["", caption, "", text_table([part.row for part in parts]), "", NOT_COMPARABLE]))
     for part in parts:
         for warning in part.warnings:
             typer.echo(f"! {part.title}: {warning}")
@@ -157,24 +154,3 @@ def _report(parts: list[Part], num_samples: int) -> Page:
         for ax, caption in part.pictures.values():
             page.figure(ax, caption)
     return page
-
-
-def _aligned(rows: list[dict[str, str]]) -> list[str]:
-    """A table in lines of text: the first column to the left, numbers to the right."""
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in cells
-    ]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """These networks are too small to share between threads, which would only wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Evaluating a run: log p(x) of its test data, bounds on it from both sides, and what is written of them."""
+"""Evaluating a run: log p(x) of its test data, bounds from both sides, its latents, and what is written of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 import ppl_vae as pv
 from ppl_vae import files, plots
 from ppl_vae.cli import pictures, runs
+from ppl_vae.diagnostics import Diagnostics
 from ppl_vae.evidence import AnnealedEvidence, Bounds, Evidence, Exact, Kind
 from ppl_vae.evidence.blocks import at_least_one
 from ppl_vae.evidence.bounding import MEAN_WEIGHT
@@ -97,6 +98,13 @@ def evaluate(folder: Path, plan: Plan) -> None:
     typer.echo(str(evidence))
     typer.echo(_bits(results))
     figures = {"pareto_k": pictures.pareto_k(evidence)} if type(evidence) is Evidence else {}
+    found = pv.diagnose(run.vae.model, run.vae.guide, x, seed=plan.seed)
+    typer.echo(f"\n{found}")
+    results["diagnostics"] = _of_latents(found)
+    per_datum |= {"reconstruction": found.reconstruction, "kl_to_prior": found.kl}
+    if found.kl_per_dimension is not None:
+        per_datum["kl_per_dimension"] = found.kl_per_dimension
+    figures |= pictures.kl_per_dimension(found)
     _write(folder, results, per_datum, figures)
     if plan.bounds:
         bounds, simulated = _bounds(run, x, plan, evidence), _simulated(run, plan, num_data=len(x))
@@ -176,6 +184,26 @@ def _of_samples(evidence: Evidence) -> dict[str, Any]:
     return found | {
         "num_samples": evidence.num_samples,
         "share_pareto_k_below_0.7": (evidence.pareto_k < 0.7).double().mean().item(),
+    }
+
+
+def _of_latents(found: Diagnostics) -> dict[str, Any]:
+    """The diagnostics as JSON; means over the data, in nats per datum."""
+    split = found.kl_per_dimension
+    return {
+        "mean": found.mean,
+        "mc_standard_error": found.mc_standard_error,
+        "mean_standard_error": found.mean_standard_error,
+        "num_samples": found.num_samples,
+        "active_units": found.num_active,
+        "latents": {
+            name: {
+                "kl": None if split is None else split[:, d].mean().item(),
+                "variance_of_posterior_mean": found.unit_variance[d].item(),
+            }
+            for d, name in enumerate(found.dimensions)
+        },
+        "warnings": found.warnings(),
     }
 
 
@@ -276,6 +304,6 @@ def _write(folder: Path, results: dict[str, Any], per_datum: dict[str, Tensor], 
     """Writes means, what is known per datum, and pictures, in the place of those of an earlier evaluation."""
     files.write_tensors(folder / "evidence.safetensors", per_datum)
     files.write_json(folder / "evidence.json", _as_json(results))
-    for name in {"pareto_k", "ladder"} - figures.keys():
+    for name in {"pareto_k", "kl_per_dimension", "ladder"} - figures.keys():
         (folder / "figures" / f"{name}.png").unlink(missing_ok=True)
     pictures.draw(figures, folder)

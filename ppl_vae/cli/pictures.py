@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib
 
 import ppl_vae as pv
-from ppl_vae import files, plots
+from ppl_vae import plots
+from ppl_vae.diagnostics import Diagnostics
 from ppl_vae.evidence import Evidence
+from ppl_vae.reporting import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,17 +54,21 @@ def pareto_k(evidence: Evidence) -> Picture:
     )
 
 
+def kl_per_dimension(found: Diagnostics) -> dict[str, Picture]:
+    """The KL of each latent dimension, where there is such a thing."""
+    if found.kl_per_dimension is None or not found.kl_per_dimension.isfinite().all():
+        return {}
+    ax = plots.kl_per_dimension(found.kl_per_dimension, active=found.active, names=found.dimensions)
+    return {
+        "kl_per_dimension": (
+            ax,
+            "How far q(z given x) is from the prior in each latent dimension. A dimension that is not active has "
+            "nearly the same posterior mean for all data.",
+        )
+    }
+
+
 def draw(pictures: dict[str, Picture], folder: Path) -> None:
     """Writes each picture to `figures/NAME.png`."""
     for name, (ax, _) in pictures.items():
-        save(ax, folder / "figures" / f"{name}.png")
-
-
-def save(ax: Axes, path: Path) -> None:
-    from matplotlib import pyplot
-
-    buffer, figure = io.BytesIO(), ax.get_figure(root=True)
-    assert figure is not None
-    figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=160, bbox_inches="tight")
-    pyplot.close(figure)
-    files.write_bytes_atomically(path, buffer.getvalue())
+        write_picture(ax, folder / "figures" / f"{name}.png")

@@ -17,10 +17,10 @@ import torch
 
 import ppl_vae as pv
 from ppl_vae import files, plots
-from ppl_vae.cli import pictures
 from ppl_vae.data import Data
 from ppl_vae.data.named import IDX_SETS
 from ppl_vae.likelihoods import Likelihood
+from ppl_vae.reporting import write_picture
 from ppl_vae.training import History
 
 # The words of the command line, and what they stand for.
@@ -164,6 +164,17 @@ def _learning_rate(first: float, last: float | None) -> float | Callable[[float]
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """These networks are too small to share between threads, which would only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def new_folder(path: Path, *, overwrite: bool, mark: str = "run.json") -> Iterator[Path]:
     """A folder to fill, which appears under its name only when it is complete; a failure leaves nothing behind.
 
@@ -240,7 +251,7 @@ def write_samples(folder: Path, out: Path, *, num_samples: int, seed: int) -> No
     if num_samples < 1:
         raise ValueError(f"Expected at least one sample to draw; got {num_samples}.")
     vae = _read_vae(folder)
-    pictures.save(plots.image_grid(vae.sample(num_samples, seed=seed, mean=True)), out)
+    write_picture(plots.image_grid(vae.sample(num_samples, seed=seed, mean=True)), out)
 
 
 def description(name: str, root: Path | None, download: bool) -> list[str]:

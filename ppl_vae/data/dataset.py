@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_vae.data.binarization import DynamicBinarization, binarize, draw, threshold
 from ppl_vae.data.dequantization import DynamicDequantization
-from ppl_vae.data.scale import AsIs, Dequantized, Levels, Logit, OfLevels, Scale, Unit
+from ppl_vae.data.scale import AsIs, Dequantized, Levels, Logit, Scale, Unit
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,15 +123,8 @@ class Data:
         """
         if isinstance(self.scale, Levels):
             return self
-        if not isinstance(self.scale, Unit):
-            raise ValueError(
-                f"Expected levels, or levels on [0, 1], but these data are {self.scale.rule}. Load data of type uint8 "
-                "anew."
-            )
-        to_levels = self.scale.to_levels
-        return replace(
-            self, train=to_levels(self._fixed_train()), test=to_levels(self.test), scale=Levels(self.scale.levels)
-        )
+        train, test, scale = self._levels()
+        return replace(self, train=train, test=test, scale=scale)
 
     def static_dequantization(self, *, seed: int = 0) -> Data:
         """Both parts as v = (level + u) / L, with u uniform on (0, 1) drawn once, which densities score.
@@ -148,10 +141,11 @@ class Data:
             >>> data.load("digits").static_dequantization(seed=1).dequantization
             'static, seed 1'
         """
-        levels, scale, generator = self.as_levels(), self._dequantized(), torch.Generator().manual_seed(seed)
-        test = scale.draw(levels.test, generator)  # first, so that dynamic_dequantization draws the same
-        train = scale.draw(levels._fixed_train(), generator)
-        return replace(levels, train=train, test=test, scale=scale, dequantization=f"static, seed {seed}")
+        train, test, levels = self._levels()
+        scale, generator = Dequantized(levels.levels), torch.Generator().manual_seed(seed)
+        test = scale.draw(test, generator)  # first, so that dynamic_dequantization draws the same
+        train = scale.draw(train, generator)
+        return replace(self, train=train, test=test, scale=scale, dequantization=f"static, seed {seed}")
 
     def dynamic_dequantization(self, *, seed: int = 0) -> Data:
         """`train` with noise drawn anew each time it is seen (`DynamicDequantization`), `test` once.
@@ -169,10 +163,16 @@ class Data:
             >>> torch.equal(first, again), torch.equal(digits.scale.to_levels(first), digits.scale.to_levels(again))
             (False, True)
         """
-        levels, scale = self.as_levels(), self._dequantized()
-        train = DynamicDequantization(levels._fixed_train(), scale)
-        test = scale.draw(levels.test, torch.Generator().manual_seed(seed))
-        return replace(levels, train=train, test=test, scale=scale, dequantization=f"dynamic, test seed {seed}")
+        train, test, levels = self._levels()
+        scale = Dequantized(levels.levels)
+        test = scale.draw(test, torch.Generator().manual_seed(seed))
+        return replace(
+            self,
+            train=DynamicDequantization(train, scale),
+            test=test,
+            scale=scale,
+            dequantization=f"dynamic, test seed {seed}",
+        )
 
     def logit_transform(self, *, margin: float = 1e-6) -> Data:
         """Dequantised data v as logit(margin + (1 − 2 margin) v), on the line; see `Logit`.
@@ -197,9 +197,16 @@ class Data:
             train = scale.from_unit(train)
         return replace(self, train=train, test=scale.from_unit(self.test), scale=scale)
 
-    def _dequantized(self) -> Dequantized:
-        assert isinstance(self.scale, OfLevels)  # as_levels has refused all others
-        return Dequantized(self.scale.levels)
+    def _levels(self) -> tuple[Tensor, Tensor, Levels]:
+        """Both parts as levels, and their scale."""
+        scale = self.scale
+        if isinstance(scale, Levels):
+            return self._fixed_train(), self.test, scale
+        if isinstance(scale, Unit):
+            return scale.to_levels(self._fixed_train()), scale.to_levels(self.test), Levels(scale.levels)
+        raise ValueError(
+            f"Expected levels, or levels on [0, 1], but these data are {scale.rule}. Load data of type uint8 anew."
+        )
 
     def _fixed_train(self) -> Tensor:
         if isinstance(self.train, Tensor):

@@ -16,6 +16,8 @@ from torch.nn.functional import logsigmoid
 
 MOST_LEVELS = 2**16  # with more, float32 would hold a level and too few values of its noise
 
+ENOUGH = 8  # numbers that by chance all have the same noise once in 1e10 cases, or fewer
+
 
 @dataclass(frozen=True)
 class Scale(ABC):
@@ -140,13 +142,17 @@ class Dequantized(OfLevels):
         return f"{self.levels} levels dequantised to (level + u) / {self.levels}, with u drawn for each number"
 
     def holds(self, x: Tensor) -> Tensor:
-        """None of them where the noise is missing: the same for all numbers, or level / (L − 1) in its place."""
+        """Those in (0, 1), but for a datum, or one dimension of all data, without noise of its own for each number."""
         v = self.to_unit(x.double())
-        noise, position = (v * self.levels) % 1, v * (self.levels - 1)
-        constant = noise.max() - noise.min() < 1e-4 if v.numel() else False
-        none = ((position - position.round()).abs() < 1e-4).all()
-        missing = v.numel() > 3 and bool(constant or none)
-        return (v > 0) & (v < 1) & (not missing)
+        rows = v.reshape(len(v), -1) if v.numel() else v.reshape(0, 1)
+        shared = torch.zeros_like(rows, dtype=torch.bool)
+        for dim in (0, 1):
+            if rows.shape[dim] >= ENOUGH:
+                noise, place = (rows * self.levels) % 1, rows * (self.levels - 1)
+                constant = noise.amax(dim, keepdim=True) - noise.amin(dim, keepdim=True) < 1e-4
+                undequantised = (place - place.round()).abs().amax(dim, keepdim=True) < 1e-4  # level / (L − 1)
+                shared = shared | constant | undequantised
+        return (v > 0) & (v < 1) & ~shared.reshape(v.shape)
 
     def log_slope(self, x: Tensor) -> Tensor:
         return torch.full_like(x, self.levels).log().neg()

@@ -7,13 +7,16 @@ or without gradients) or NumPy arrays.
 
 from __future__ import annotations
 
-from ppl_vae.plots.charts import estimate_against_samples, latent_scatter, loss_curve, pareto_k
+from ppl_vae.plots.calibration import calibration
+from ppl_vae.plots.charts import estimate_against_samples, kl_per_dimension, latent_scatter, loss_curve, pareto_k
 from ppl_vae.plots.images import image_grid, manifold, reconstructions
 from ppl_vae.plots.rungs import ladder
 
 __all__ = [
+    "calibration",
     "estimate_against_samples",
     "image_grid",
+    "kl_per_dimension",
     "ladder",
     "latent_scatter",
     "loss_curve",

@@ -1,4 +1,4 @@
-"""Charts of numbers: losses, latents, estimates and their Pareto k."""
+"""Charts of numbers: losses, latents and their KL, estimates and their Pareto k."""
 
 from __future__ import annotations
 
@@ -202,6 +202,59 @@ def pareto_k(k: Tensor | np.ndarray, *, ax: Axes | None = None) -> Axes:
     label_axes(ax, "datum, in order of k", "Pareto k")
     # Below the ticks and the label of the axis, whose height is in letters and not in parts of the picture.
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), borderaxespad=3.5, frameon=False)
+    return ax
+
+
+def kl_per_dimension(
+    kl: Tensor | np.ndarray,
+    *,
+    active: Tensor | np.ndarray | None = None,
+    names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws the KL of each latent dimension as a bar, the largest first: which of them are used?
+
+    Args:
+        kl: (N, D), nats per datum, `Diagnostics.kl_per_dimension`; the bars are means over the data, with two of their
+            standard errors to both sides where there are two data or more.
+        active: (D,), which dimensions are in use, `Diagnostics.active`; the others are grey.
+        names: D of them, `Diagnostics.dimensions`; below the bars where there are at most 30.
+        ax: where to draw.
+
+    Raises:
+        ValueError: the shapes do not go together, there is no datum or no dimension, or a number is not finite.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> ax = kl_per_dimension(np.array([[0.0, 2.0], [0.2, 3.0]]), ax=Figure().subplots())
+        >>> [float(bar.get_height()) for bar in ax.patches]
+        [2.5, 0.1]
+    """
+    values = as_array(kl)
+    if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"Expected finite KL of shape (N, D) with N, D >= 1, got shape {values.shape}.")
+    used = np.ones(values.shape[1], dtype=bool) if active is None else as_array(active).astype(bool)
+    labels = [str(d) for d in range(values.shape[1])] if names is None else list(names)
+    if used.shape != (values.shape[1],) or len(labels) != values.shape[1]:
+        raise ValueError(
+            f"Expected an activity and a name for each of {values.shape[1]} dimensions, got {used.shape} and "
+            f"{len(labels)}."
+        )
+    ax = axes_or_new(ax, (6.0, 3.8))
+    heights, order = values.mean(0), np.argsort(-values.mean(0), kind="stable")
+    bars = 2.0 * values.std(0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
+    for chosen, label, colour in ((used, "active", COLOURS[0]), (~used, "not active", COLOURS[3])):
+        places = np.flatnonzero(chosen[order])
+        if len(places):
+            error = None if bars is None else bars[order[places]]
+            label += f": {len(places)} of {len(used)}"
+            ax.bar(places, heights[order[places]], yerr=error, color=colour, capsize=2, label=label)
+    few = len(labels) <= 30
+    ax.set_xticks(range(len(labels)) if few else [], [labels[d] for d in order] if few else [])
+    if max(map(len, labels)) * len(labels) > 60:
+        ax.tick_params(axis="x", rotation=90)
+    label_axes(ax, "latent dimension, in order of KL", "KL(q, prior) (nats per datum)")
+    ax.legend()
     return ax
 
 

@@ -12,7 +12,7 @@ class History:
     Attributes:
         loss: mean of what was lowered in each epoch, the negative ELBO for `Trace_ELBO`.
         validation: minus the `bound` on the validation data after each epoch, which goes down; empty without them.
-        stopped: why training ended: "finished", "early stopping" or "interrupted".
+        stopped: why training ended: "finished", "early stopping", "time limit" or "interrupted".
         seconds: spent, before and after the run was resumed.
         bound: mean lower bound of log p(x) in each epoch, which goes up: at weight 1 whatever an objective of
             `ppl_vae.objectives` does to the KL; minus the loss for one of Pyro's.
