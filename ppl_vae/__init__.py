@@ -3,11 +3,12 @@
 One idea: a pair is two Pyro programs, `model(x)` and `guide(x)`, and everything else works on any pair. The left side
 says what is believed, the right side does inference with whatever pair it is given, and neither imports the other:
 
-       programs (what is believed)                  inference (what is done with any pair)
-    0  networks  likelihoods  priors  posteriors    scoring  pareto
-    1  coin  vae  linear_gaussian                   proposals  parameters  batches  objectives
-    2  autoencoder                                  evidence  training
-    3  storage                                      gaps  diagnostics
+       programs (what is believed)                               inference (what is done with any pair)
+    0  networks  likelihoods  distributions                      scoring  pareto
+    1  priors  posteriors                                        proposals  parameters  batches  objectives
+    2  coin  vae  linear_gaussian  hierarchical  conditional     evidence  training
+    3  autoencoder  semi_supervised                              gaps  diagnostics
+    4  storage
 
        neither: isolation  data  files  plots  reporting
        both: comparing  cli  and this file
@@ -34,11 +35,14 @@ if TYPE_CHECKING:
         cli,
         coin,
         comparing,
+        conditional,
         data,
         diagnostics,
+        distributions,
         evidence,
         files,
         gaps,
+        hierarchical,
         isolation,
         likelihoods,
         linear_gaussian,
@@ -52,12 +56,14 @@ if TYPE_CHECKING:
         proposals,
         reporting,
         scoring,
+        semi_supervised,
         storage,
         training,
         vae,
     )
     from ppl_vae.autoencoder import Autoencoder
     from ppl_vae.comparing import Comparison, compare
+    from ppl_vae.conditional import ConditionalVAE
     from ppl_vae.diagnostics import Diagnostics, diagnose
     from ppl_vae.evidence import (
         AnnealedEvidence,
@@ -75,6 +81,7 @@ if TYPE_CHECKING:
         sandwich,
     )
     from ppl_vae.gaps import Gaps, inference_gaps
+    from ppl_vae.hierarchical import HierarchicalVAE
     from ppl_vae.likelihoods import bits_per_dim
     from ppl_vae.linear_gaussian import LinearGaussian
     from ppl_vae.objectives import (
@@ -85,9 +92,11 @@ if TYPE_CHECKING:
         DReG,
         FreeBits,
         ImportanceWeightedELBO,
+        SemiSupervisedELBO,
         StickingTheLanding,
     )
     from ppl_vae.scoring import log_weights
+    from ppl_vae.semi_supervised import M2
     from ppl_vae.storage import load, save
     from ppl_vae.training import History, fit
     from ppl_vae.vae import VAE
@@ -96,6 +105,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IWAE",
+    "M2",
     "VAE",
     "VIMCO",
     "AnalyticKL",
@@ -104,17 +114,20 @@ __all__ = [
     "BetaELBO",
     "Bounds",
     "Comparison",
+    "ConditionalVAE",
     "DReG",
     "Diagnostics",
     "Evidence",
     "Exact",
     "FreeBits",
     "Gaps",
+    "HierarchicalVAE",
     "History",
     "ImportanceWeightedELBO",
     "Kind",
     "LinearGaussian",
     "ModeCheck",
+    "SemiSupervisedELBO",
     "StickingTheLanding",
     "annealed_importance_sampling",
     "autoencoder",
@@ -125,15 +138,18 @@ __all__ = [
     "coin",
     "compare",
     "comparing",
+    "conditional",
     "data",
     "diagnose",
     "diagnostics",
+    "distributions",
     "enumeration",
     "evidence",
     "files",
     "fit",
     "gaps",
     "grid_integration",
+    "hierarchical",
     "importance_sampling",
     "inference_gaps",
     "isolation",
@@ -154,6 +170,7 @@ __all__ = [
     "sandwich",
     "save",
     "scoring",
+    "semi_supervised",
     "storage",
     "training",
     "vae",
@@ -168,17 +185,21 @@ _ROOM_OF = {
     "Comparison": "comparing",
     "Diagnostics": "diagnostics",
     "DReG": "objectives",
+    "ConditionalVAE": "conditional",
     "Evidence": "evidence",
     "Exact": "evidence",
     "FreeBits": "objectives",
     "Gaps": "gaps",
+    "HierarchicalVAE": "hierarchical",
     "History": "training",
     "IWAE": "objectives",
     "ImportanceWeightedELBO": "objectives",
     "Kind": "evidence",
     "LinearGaussian": "linear_gaussian",
+    "M2": "semi_supervised",
     "ModeCheck": "evidence",
     "StickingTheLanding": "objectives",
+    "SemiSupervisedELBO": "objectives",
     "VAE": "vae",
     "VIMCO": "objectives",
     "annealed_importance_sampling": "evidence",

@@ -57,12 +57,32 @@ def register(name: str, module: nn.Module) -> None:
             pyro.param(full_name, parameter)
 
 
-def _shape(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    """`value` as a tuple of sizes, each at least 1."""
+def as_shape(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    """`value` as a tuple of sizes, each at least 1.
+
+    Raises:
+        ValueError: for none, or for anything else; the sentence says `name`.
+    """
     shape = (value,) if isinstance(value, int) else tuple(value)
     if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
         raise ValueError(f"{name} must be one or more sizes, each an integer of at least 1; got {value!r}.")
     return shape
+
+
+def check_batch(x: Tensor, data_shape: tuple[int, ...]) -> None:
+    """Refuses what is no floating-point batch of data of that shape.
+
+    Raises:
+        ValueError: for another shape.
+        TypeError: for integers.
+    """
+    if x.shape[1:] != data_shape:
+        raise ValueError(
+            f"This model was built for a batch of shape (batch, {_sizes(data_shape)}); got {tuple(x.shape)}. Reshape "
+            "the data, or build the model with their shape."
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"Networks take floating-point data; got {x.dtype}. Convert with x.float().")
 
 
 class MLP(nn.Module):
@@ -92,9 +112,9 @@ class MLP(nn.Module):
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.in_shape = _shape("in_shape", in_shape)
-        self.out_shape = _shape("out_shape", out_shape)
-        self.hidden_dims = _shape("hidden_dims", hidden_dims) if hidden_dims else ()
+        self.in_shape = as_shape("in_shape", in_shape)
+        self.out_shape = as_shape("out_shape", out_shape)
+        self.hidden_dims = as_shape("hidden_dims", hidden_dims) if hidden_dims else ()
         self.activation = nn.ReLU() if activation is None else activation
         dims = (prod(self.in_shape), *self.hidden_dims, prod(self.out_shape))
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
@@ -107,6 +127,60 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             h = self.activation(layer(h))
         return self.layers[-1](h).reshape(*leading, *self.out_shape)
+
+
+class ConditionalMLP(nn.Module):
+    """A multilayer perceptron of a tensor and a class: its first layer is W x + V_y, the rest an `MLP`.
+
+    The same as an `MLP` of x beside the one-hot code of y, whose first layer would be (W, V); but W x is computed once
+    where the same x is asked about for every class.
+
+    Args:
+        in_shape: shape of one x, a number or a tuple; flattened.
+        num_classes: how many values y can have, 0 to `num_classes` - 1.
+        out_shape: shape of one output.
+        hidden_dims: widths of the hidden layers; `()` gives W x + V_y itself.
+        activation: between the layers (not after the last).
+
+    Shapes:
+        x `(*leading, *in_shape)` and y `(*leading)`, which are broadcast, to `(*leading, *out_shape)`.
+
+    Example:
+        >>> import torch
+        >>> network = ConditionalMLP((28, 28), 10, 40, hidden_dims=(200,))
+        >>> network(torch.zeros(5, 28, 28), torch.arange(10).unsqueeze(1)).shape
+        torch.Size([10, 5, 40])
+    """
+
+    def __init__(
+        self,
+        in_shape: int | Sequence[int],
+        num_classes: int,
+        out_shape: int | Sequence[int],
+        *,
+        hidden_dims: Sequence[int] = (400, 400),
+        activation: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_shape, self.out_shape = as_shape("in_shape", in_shape), as_shape("out_shape", out_shape)
+        self.num_classes = num_classes
+        self.hidden_dims = as_shape("hidden_dims", hidden_dims) if hidden_dims else ()
+        self.activation = nn.ReLU() if activation is None else activation
+        first, *others = (*self.hidden_dims, prod(self.out_shape))
+        self.of_x = nn.Linear(prod(self.in_shape), first)
+        self.of_y = nn.Embedding(num_classes, first)
+        # As the columns of a linear layer of x and y together would start.
+        nn.init.uniform_(self.of_y.weight, -(bound := (self.of_x.in_features + num_classes) ** -0.5), bound)
+        self.rest = MLP(first, self.out_shape, hidden_dims=others[:-1], activation=self.activation) if others else None
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        leading = x.shape[: x.dim() - len(self.in_shape)]
+        if x.shape[len(leading) :] != self.in_shape:
+            raise ValueError(
+                f"ConditionalMLP expects inputs of shape (..., {_sizes(self.in_shape)}); got {tuple(x.shape)}."
+            )
+        h = self.of_x(x.reshape(*leading, -1)) + self.of_y(y)
+        return self.rest(self.activation(h)) if self.rest is not None else h.reshape(*h.shape[:-1], *self.out_shape)
 
 
 class ConvEncoder(nn.Module):
@@ -138,7 +212,7 @@ class ConvEncoder(nn.Module):
         hidden_dim: int = 128,
     ) -> None:
         super().__init__()
-        self.data_shape = _shape("data_shape", data_shape)
+        self.data_shape = as_shape("data_shape", data_shape)
         self.out_features, self.channels, self.hidden_dim = out_features, tuple(channels), hidden_dim
         in_channels, _, _, (height, width) = _stages(self.data_shape)
         self.layers = nn.Sequential(
@@ -191,7 +265,7 @@ class ConvDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.latent_dim = latent_dim
-        self.data_shape = _shape("data_shape", data_shape)
+        self.data_shape = as_shape("data_shape", data_shape)
         self.num_parameters, self.channels, self.hidden_dim = num_parameters, tuple(channels), hidden_dim
         out_channels, full, half, quarter = _stages(self.data_shape)
         self.layers = nn.Sequential(

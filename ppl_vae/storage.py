@@ -10,18 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppl_vae import files, likelihoods
+from ppl_vae import files, likelihoods, posteriors, priors
 from ppl_vae.autoencoder import Autoencoder
 from ppl_vae.coin import BetaBernoulli
+from ppl_vae.conditional import ConditionalVAE
+from ppl_vae.hierarchical import HierarchicalVAE
 from ppl_vae.linear_gaussian import LinearGaussian
-from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder
-from ppl_vae.posteriors import DiagonalNormal, Point
-from ppl_vae.priors import Flat, StandardNormal
+from ppl_vae.networks import MLP, ConditionalMLP, ConvDecoder, ConvEncoder
+from ppl_vae.semi_supervised import M2
 from ppl_vae.vae import VAE
 
 # What a file may name. Nothing else is ever imported or called on the word of a file.
-PROGRAMS = (VAE, Autoencoder, LinearGaussian, BetaBernoulli)
-PARTS = (StandardNormal, Flat, DiagonalNormal, Point, MLP, ConvEncoder, ConvDecoder)
+PROGRAMS = (VAE, Autoencoder, HierarchicalVAE, ConditionalVAE, M2, LinearGaussian, BetaBernoulli)
+NETWORKS = (MLP, ConditionalMLP, ConvEncoder, ConvDecoder)
+PRIORS = (priors.Flat, priors.FlowPrior, priors.GaussianMixture, priors.StandardNormal, priors.VampPrior)
+POSTERIORS = (
+    posteriors.CouplingFlow,
+    posteriors.DiagonalNormal,
+    posteriors.FullCovarianceNormal,
+    posteriors.NormalMixture,
+    posteriors.Point,
+    posteriors.SplineFlow,
+)
 LIKELIHOODS = (
     likelihoods.Bernoulli,
     likelihoods.Beta,
@@ -41,7 +51,8 @@ LIKELIHOODS = (
     likelihoods.ZeroInflatedNegativeBinomial,
 )
 LAYERS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Linear, nn.Dropout)
-KNOWN: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (*PROGRAMS, *PARTS, *LIKELIHOODS, *LAYERS)}
+ALL = (*PROGRAMS, *NETWORKS, *PRIORS, *POSTERIORS, *LIKELIHOODS, *LAYERS)
+KNOWN: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in ALL}
 
 
 def save(program: nn.Module, path: str | Path) -> None:

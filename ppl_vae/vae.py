@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ppl_vae import isolation
 from ppl_vae.likelihoods import Bernoulli, Likelihood
-from ppl_vae.networks import MLP, over_leading, register
+from ppl_vae.networks import MLP, check_batch, over_leading, register
 from ppl_vae.posteriors import DiagonalNormal, Posterior
-from ppl_vae.priors import StandardNormal
+from ppl_vae.priors import StandardNormal, VampPrior
 
 
 class Model(nn.Module):
@@ -37,7 +37,7 @@ class Model(nn.Module):
         """Scores x of shape `(batch, *data_shape)` under Pyro's handlers; without x, draws `num_data` of them."""
         register("model", self)
         if x is not None:
-            _check_batch(x, self.data_shape)
+            check_batch(x, self.data_shape)
         with pyro.plate("data", num_data if x is None else len(x)):
             z = pyro.sample("z", self.prior())
             return pyro.sample("x", self.decode(z), obs=x)
@@ -61,27 +61,22 @@ class Guide(nn.Module):
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z given x), for x of shape `(*batch, *data_shape)`."""
+        return self.encode_inputs(self.inputs(x))
+
+    def encode_inputs(self, inputs: Tensor) -> dist.TorchDistribution:
+        """q(z given x), for x as the encoder sees it."""
         event_dim = len(self.data_shape)
-        features = over_leading(self.encoder, self.inputs(x), event_dim)
-        _check_count("encoder", features.shape[x.dim() - event_dim :], self.posterior.num_features(self.latent_dim))
-        return self.posterior(features.flatten(x.dim() - event_dim))
+        features = over_leading(self.encoder, inputs, event_dim)
+        start = inputs.dim() - event_dim
+        _check_count("encoder", features.shape[start:], self.posterior.num_features(self.latent_dim))
+        return self.posterior(features.flatten(start))
 
     def forward(self, x: Tensor) -> Tensor:
         """Draws z for each datum of x, `(batch, *data_shape)`."""
         register("guide", self)
-        _check_batch(x, self.data_shape)
+        check_batch(x, self.data_shape)
         with pyro.plate("data", len(x)):
             return pyro.sample("z", self.encode(x))
-
-
-def _check_batch(x: Tensor, data_shape: tuple[int, ...]) -> None:
-    if x.shape[1:] != data_shape:
-        raise ValueError(
-            f"This model was built for a batch of shape (batch, {', '.join(map(str, data_shape))}); got "
-            f"{tuple(x.shape)}. Reshape the data, or build the model with their shape."
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"Networks take floating-point data; got {x.dtype}. Convert with x.float().")
 
 
 def _check_count(network: str, shape: Sequence[int], expected: int) -> None:
@@ -111,8 +106,8 @@ class VAE(nn.Module):
             an `MLP` by default.
 
     Raises:
-        ValueError: for an empty shape, a latent_dim below 1, a prior of another latent_dim; and when they first run,
-            for networks that give another count of numbers.
+        ValueError: for an empty shape, a latent_dim below 1, a prior or a posterior of another latent_dim; and when
+            they first run, for networks that give another count of numbers.
 
     References:
         Kingma & Welling, Auto-Encoding Variational Bayes, 2014. https://arxiv.org/abs/1312.6114
@@ -150,12 +145,16 @@ class VAE(nn.Module):
         likelihood = Bernoulli() if likelihood is None else likelihood
         posterior = DiagonalNormal() if posterior is None else posterior
         self.latent_dim = latent_dim
+        num_features = posterior.num_features(latent_dim)
         if encoder is None:
-            encoder = MLP(self.data_shape, posterior.num_features(latent_dim))
+            encoder = MLP(self.data_shape, num_features)
         if decoder is None:
             decoder = MLP(latent_dim, (likelihood.num_parameters * self.data_shape[0], *self.data_shape[1:]))
         self.model = Model(self.data_shape, prior, decoder, likelihood)
         self.guide = Guide(self.data_shape, latent_dim, encoder, posterior, likelihood.inputs)
+        if isinstance(prior, VampPrior):
+            # A method of the guide, which itself, with its parameters, stays no part of the model.
+            prior.attach(self.guide.encode_inputs, self.data_shape, unit_interval=likelihood.sees_unit_interval)
 
     @property
     def prior(self) -> nn.Module:

@@ -200,6 +200,26 @@ FORMS: dict[str, Callable[[LinearGaussian, Q], tuple[Any, Any]]] = {
 }
 
 
+class Repeatable(dist.Normal):
+    """Draws that follow from their mean and their number, so that a datum has the same in any batch."""
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        loc = self.loc.expand(self._extended_shape(sample_shape))
+        number = torch.arange(1.0, 1 + loc.shape[0]).reshape(-1, *(1,) * (loc.dim() - 1)).to(loc)
+        noise = 2.1 * torch.sin(3.7 * number * number + 50.0 * loc.detach() + number)
+        return loc + self.scale * noise
+
+
+def repeatable(lg: LinearGaussian) -> Q:
+    """The perturbed guide with such draws."""
+
+    def q(x: Tensor) -> dist.Distribution:
+        base = lg.perturbed_guide().q(x).base_dist
+        return Repeatable(base.loc, base.scale).to_event(1)
+
+    return q
+
+
 def auto_normal(lg: LinearGaussian, guide: LinearGaussianGuide, x: Tensor) -> tuple[Any, AutoNormal]:
     """The pair with an `AutoNormal` whose parameters are those of `guide` at x."""
     model = as_functions(lg, guide.q)[0]

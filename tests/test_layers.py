@@ -14,9 +14,10 @@ PACKAGE = Path(ppl_vae.__file__).parent
 
 # room: (side, level); as in the docstring of ppl_vae/__init__.py
 PROGRAMS = [
-    ["networks", "likelihoods", "priors", "posteriors"],
-    ["coin", "vae", "linear_gaussian"],
-    ["autoencoder"],
+    ["networks", "likelihoods", "distributions"],
+    ["priors", "posteriors"],
+    ["coin", "vae", "linear_gaussian", "hierarchical", "conditional"],
+    ["autoencoder", "semi_supervised"],
     ["storage"],
 ]
 INFERENCE = [
@@ -24,6 +25,7 @@ INFERENCE = [
     ["proposals", "parameters", "batches", "objectives"],
     ["evidence", "training"],
     ["gaps", "diagnostics"],
+    [],
 ]
 NEITHER = [["isolation", "data", "files", "plots"], ["reporting"]]
 BOTH = [["comparing"], ["cli"], ["__init__"]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder, over_leading, register
+from ppl_vae.networks import MLP, ConditionalMLP, ConvDecoder, ConvEncoder, over_leading, register
 
 SHAPES = [(28, 28), (3, 32, 32), (8, 8), (25, 13), (1, 5, 7)]
 LEADING = [(), (3,), (2, 3), (2, 1, 3)]
@@ -59,6 +59,26 @@ def test_an_mlp_is_the_composition_of_its_layers() -> None:
     assert isinstance(MLP(2, 3).activation, nn.ReLU)
 
 
+@pytest.mark.parametrize("hidden_dims", [(), (13,), (13, 11)])
+def test_a_conditional_mlp_is_an_mlp_of_x_beside_the_code_of_y(hidden_dims: tuple[int, ...]) -> None:
+    network = ConditionalMLP((2, 3), 5, (7, 1), hidden_dims=hidden_dims, activation=nn.Tanh())
+    plain = MLP(6 + 5, (7, 1), hidden_dims=hidden_dims, activation=nn.Tanh())
+    with torch.no_grad():
+        plain.layers[0].weight.copy_(torch.cat([network.of_x.weight, network.of_y.weight.T], 1))
+        plain.layers[0].bias.copy_(network.of_x.bias)
+    if network.rest is not None:
+        for layer, other in zip(plain.layers[1:], network.rest.layers, strict=True):
+            layer.load_state_dict(other.state_dict())
+    x, y = torch.randn(11, 2, 3), torch.arange(11) % 5
+    expected = plain(torch.cat([x.flatten(1), nn.functional.one_hot(y, 5)], 1))
+    torch.testing.assert_close(network(x, y), expected)
+    each = network(x, torch.arange(5).unsqueeze(1))
+    assert each.shape == (5, 11, 7, 1)
+    torch.testing.assert_close(each[y, torch.arange(11)], expected)
+    torch.testing.assert_close(network(x.expand(3, 11, 2, 3), y)[2], expected)
+    assert network.of_y.weight.abs().max() <= 11**-0.5
+
+
 def test_over_leading_hides_leading_dimensions() -> None:
     seen: list[Any] = []
 
@@ -81,6 +101,8 @@ def test_bad_sizes_are_refused(bad: Any) -> None:
 def test_bad_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"MLP expects inputs of shape \(\.\.\., 2, 3\); got \(5, 3, 2\)"):
         MLP((2, 3), 1)(torch.zeros(5, 3, 2))
+    with pytest.raises(ValueError, match=r"ConditionalMLP expects inputs of shape \(\.\.\., 2, 3\); got \(5, 3, 2\)"):
+        ConditionalMLP((2, 3), 5, 1)(torch.zeros(5, 3, 2), torch.zeros(5, dtype=torch.long))
     with pytest.raises(ValueError, match=r"images of shape \(\.\.\., 8, 8\); got"):
         ConvEncoder((8, 8), 1)(torch.zeros(5, 8, 7))
     with pytest.raises(ValueError, match="A convolution needs data of shape"):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import pickle
-import weakref
 from collections.abc import Callable
-from copy import deepcopy
 from math import log
 from typing import Any
 
@@ -17,7 +13,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, SVI, Trace_ELBO
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppl_vae import objectives as rooms
 from ppl_vae.objectives import (
@@ -30,28 +26,7 @@ from ppl_vae.objectives import (
     ImportanceWeightedELBO,
     Objective,
     StickingTheLanding,
-    looking,
 )
-from ppl_vae.training import fit
-from ppl_vae.vae import VAE
-
-
-class Repeatable(dist.Normal):
-    """Draws that follow from their mean and their number, so that a datum has the same in any batch."""
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        loc = self.loc.expand(self._extended_shape(sample_shape))
-        number = torch.arange(1.0, 1 + loc.shape[0]).reshape(-1, *(1,) * (loc.dim() - 1)).to(loc)
-        noise = 2.1 * torch.sin(3.7 * number * number + 50.0 * loc.detach() + number)
-        return loc + self.scale * noise
-
-
-def repeatable(lg: Any) -> Callable[[Tensor], dist.Distribution]:
-    def q(x: Tensor) -> dist.Distribution:
-        base = lg.perturbed_guide().q(x).base_dist
-        return Repeatable(base.loc, base.scale).to_event(1)
-
-    return q
 
 
 @pytest.fixture
@@ -135,7 +110,7 @@ def test_the_three_ways_to_call_it_agree(lg: Any, x: Tensor) -> None:
 
 def by_hand(lg: Any, x: Tensor, num_particles: int) -> Tensor:
     """log weights of `Repeatable` draws, `(num_particles, batch)`."""
-    q = repeatable(lg)(x)
+    q = pairs.repeatable(lg)(x)
     z = q.rsample((num_particles,))
     return pairs.prior(lg).log_prob(z) + pairs.conditional(lg, z).to_event(1).log_prob(x) - q.log_prob(z)
 
@@ -153,7 +128,7 @@ WRONG: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 @pytest.mark.parametrize("form", FORMS_OF_PARTS)
 def test_the_bound_is_the_formula_and_not_one_of_its_wrong_variants(form: str, lg: Any, x: Tensor) -> None:
-    model, guide = pairs.FORMS[form](lg, repeatable(lg))
+    model, guide = pairs.FORMS[form](lg, pairs.repeatable(lg))
     weights = by_hand(lg, x, 5)
     right = weights.logsumexp(0) - log(5)
     for kind in WEIGHTED.values():
@@ -166,7 +141,7 @@ def test_the_bound_is_the_formula_and_not_one_of_its_wrong_variants(form: str, l
 
 
 def test_a_bound_belongs_to_its_datum(lg: Any, x: Tensor) -> None:
-    model, guide = pairs.as_functions(lg, repeatable(lg))
+    model, guide = pairs.as_functions(lg, pairs.repeatable(lg))
     objective = IWAE(num_particles=5)
     alone = objective.terms(model, guide, x).bound
     more = torch.cat([x, 3 + torch.randn(99, pairs.DATA_DIM, dtype=torch.float64)])
@@ -184,7 +159,7 @@ def test_as_many_data_as_dimensions() -> None:
     """D = B, where a wrong broadcast is silent."""
     lg = pairs.linear_gaussian(latent_dim=5, data_dim=5)
     x = pairs.simulated(lg, num_data=5)
-    model, guide = pairs.as_functions(lg, repeatable(lg))
+    model, guide = pairs.as_functions(lg, pairs.repeatable(lg))
     bound = DReG(num_particles=5).terms(model, guide, x).bound
     torch.testing.assert_close(bound, by_hand(lg, x, 5).logsumexp(0) - log(5), rtol=0, atol=1e-9)
 
@@ -203,8 +178,8 @@ def test_bounds_rise_with_the_number_of_particles(lg: Any) -> None:
 
 
 def test_a_subsampled_plate_scales_the_bound_from_outside(lg: Any, x: Tensor) -> None:
-    plain = pairs.as_functions(lg, repeatable(lg))
-    sub = pairs.with_subsampled_plate(lg, repeatable(lg))
+    plain = pairs.as_functions(lg, pairs.repeatable(lg))
+    sub = pairs.with_subsampled_plate(lg, pairs.repeatable(lg))
     one = [o.loss(*plain, x) for o in (IWAE(num_particles=7), BetaELBO(0.3), AnalyticKL(), FreeBits(0.2))]
     ten = [o.loss(*sub, x) for o in (IWAE(num_particles=7), BetaELBO(0.3), AnalyticKL(), FreeBits(0.2))]
     assert ten[0] == pytest.approx(10 * one[0], abs=1e-7)
@@ -222,7 +197,7 @@ def test_what_is_masked_takes_no_part(lg: Any, x: Tensor) -> None:
     """Data masked in both programs have the bound 0; pixels masked in the model have no part in it."""
     keep = torch.arange(pairs.NUM_DATA) % 3 > 0
     pixels = torch.arange(pairs.DATA_DIM) % 2 > 0
-    q = repeatable(lg)
+    q = pairs.repeatable(lg)
 
     def model(x: Tensor, keep: Tensor) -> None:
         with pyro.plate("data", len(x), dim=-2), poutine.mask(mask=keep[:, None]):
@@ -280,25 +255,6 @@ def test_refusals_name_the_site_and_the_way_out(objective: Objective, lg: Any, x
     assert VIMCO(num_particles=3).loss(discrete, discrete_guide, x.float()) > 0
 
 
-def test_a_scale_that_comes_in_later_is_seen(lg: Any, x: Tensor) -> None:
-    model, guide = pairs.as_functions(lg, lg.posterior)
-    settings = {"beta": 1.0}
-
-    def scaled(program: Any) -> Any:
-        def run(x: Tensor) -> None:
-            with poutine.scale(scale=settings["beta"]):
-                program(x)
-
-        return run
-
-    pair = scaled(model), scaled(guide)
-    objective = IWAE(num_particles=3)
-    objective.loss(*pair, x)
-    settings["beta"] = 0.5
-    with pytest.raises(ValueError, match=r"scaled by 0\.5"):
-        objective.loss(*pair, x)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -341,111 +297,13 @@ def test_data_without_any_weight_have_no_gradient_and_one_warning() -> None:
     objective.loss(model, guide, x)  # says it once
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A pair is looked at once, and again when it has changed.
-
-
-@pytest.fixture
-def count_looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    counted: list[int] = []
-
-    def counting(*args: Any) -> Any:
-        counted.append(1)
-        return original(*args)
-
-    original = looking.Pair
-    monkeypatch.setattr(looking, "Pair", counting)
-    return counted
-
-
-def test_a_pair_is_looked_at_once(count_looks: list[int], lg: Any, x: Tensor) -> None:
-    objective = IWAE(num_particles=3)
-    for form in (pairs.as_modules, pairs.as_functions, pairs.as_bound_methods):
-        count_looks.clear()
-        model, guide = form(lg, lg.perturbed_guide().q)
-        for batch in (x, x[:7], x[:5]):
-            objective.loss(model, guide, batch)
-        objective.loss(model, guide, x)
-        assert len(count_looks) == 1
-    count_looks.clear()
-    fit(VAE(7, 2).model, (vae := VAE(7, 2)).guide, (x > 0).float(), objective=objective, epochs=3, progress=False)
-    vae = VAE(7, 2)
-    fit(vae.model, vae.guide, (x > 0).float(), objective=objective, epochs=3, batch_size=5, progress=False)
-    assert len(count_looks) <= 4  # two pairs; a last batch of one datum is looked at by itself
-
-
-decoder: Any = None  # as a notebook has it
-
-
-def test_a_network_of_another_cell_is_not_taken_for_the_old_one(count_looks: list[int], x: Tensor) -> None:
-    global decoder
-    x = (x > 0).float()
-
-    class OneRow(nn.Module):
-        """Mixes what has more than one leading dimension, in silence."""
-
-        def forward(self, z: Tensor) -> Tensor:
-            return z.sum(-1, keepdim=True).expand(*z.shape[:-1], 7) + (z.mean((0, 1, 2)) if z.dim() > 2 else 0.0)
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", Repeatable(x[:, :3], torch.ones(3)).to_event(1))
-
-    objective = IWAE(num_particles=5)
-    decoder = nn.Linear(3, 7)
-    objective.loss(model, guide, x)
-    decoder = OneRow()
-    found = objective.loss(model, guide, x)
-    assert found == pytest.approx(IWAE(num_particles=5).loss(model, guide, x), abs=1e-4)
-    assert len(count_looks) == 3
-    vae = VAE(7, 2)
-    objective.loss(vae.model, vae.guide, x)
-    vae.model.decoder = nn.Linear(2, 7)
-    objective.loss(vae.model, vae.guide, x)
-    assert len(count_looks) == 5
-
-
-def test_nothing_is_kept_alive(lg: Any, x: Tensor) -> None:
-    objective = IWAE(num_particles=3)
-    vae = VAE(7, 2)
-    objective.loss(vae.model, vae.guide, (x > 0).float())
-    alive = weakref.ref(vae.model)
-    del vae
-    gc.collect()
-    assert alive() is None
-    copy = pickle.loads(pickle.dumps(objective))
-    for other in (copy, deepcopy(objective)):
-        assert other.num_particles == 3
-        assert other.loss(*pairs.as_functions(lg, lg.posterior), x) == pytest.approx(-lg.log_px(x).sum().item())
-
-
-def test_the_look_leaves_modes_and_random_numbers_alone(x: Tensor) -> None:
-    vae = VAE(7, 2, encoder=nn.Sequential(nn.Linear(7, 4), nn.Dropout(0.5)))
-    vae.model.eval()
-    objective = DReG(num_particles=3)
-    modes = {name: module.training for name, module in vae.named_modules()}
-    torch.manual_seed(1)
-    first = objective.loss(vae.model, vae.guide, (x > 0).float())
-    torch.manual_seed(1)
-    assert objective.loss(vae.model, vae.guide, (x > 0).float()) == first
-    assert {name: module.training for name, module in vae.named_modules()} == modes
-    torch.manual_seed(1)
-    vae.eval()
-    assert objective.loss(vae.model, vae.guide, (x > 0).float()) != first  # the dropout was on
-
-
 def test_an_autoguide_trains_without_further_ado(lg: Any, x: Tensor) -> None:
     model = pairs.as_functions(lg, lg.posterior)[0]
     for objective in (IWAE(num_particles=5), DReG(num_particles=5), StickingTheLanding()):
         pyro.clear_param_store()
         guide = pyro.infer.autoguide.AutoNormal(model)
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), objective)
-        losses = [svi.step(x) for _ in range(60)]
+        losses = [svi.step(x) for _ in range(40)]
         assert losses[-1] < losses[0] - 10
         assert losses[-1] > -lg.log_px(x).sum() - 5
 

@@ -71,6 +71,11 @@ PROGRAMS: dict[str, Any] = {
         }.items()
     },
     "colours": lambda: pv.VAE((3, 2, 2), 2, likelihood=lh.LogisticMixture(2, rgb=True)),
+    "two layers": lambda: pv.HierarchicalVAE(
+        (2, 4), (3, 2), hidden_dims=((5,), ()), activation=nn.ELU(), likelihood=Gaussian(per_pixel=True)
+    ),
+    "conditional": lambda: pv.ConditionalVAE(7, 5, 2, hidden_dims=(13,), activation=nn.Softplus()),
+    "few labels": lambda: pv.M2((2, 4), 5, 2, hidden_dims=(13, 11), likelihood=lh.Categorical(3)),
     "linear gaussian": lambda: pv.LinearGaussian(torch.randn(7, 3).double(), torch.randn(7), 0.5),
     "beta bernoulli": lambda: BetaBernoulli(2.0, 3.5),
 }
@@ -87,8 +92,11 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     state, other = program.state_dict(), again.state_dict()
     assert list(state) == list(other)
     assert all(torch.equal(state[key], other[key]) and state[key].dtype == other[key].dtype for key in state)
-    assert storage._described(again) == storage._described(program)
-    if isinstance(program, pv.VAE):
+    assert storage.described(again) == storage.described(program)
+    if isinstance(program, pv.M2):
+        x = torch.rand(5, *program.data_shape)
+        assert torch.equal(program.classify(x).logits, again.classify(x).logits)
+    if isinstance(program, (pv.VAE, pv.HierarchicalVAE)):
         x = torch.rand(5, *program.data_shape)
         assert torch.equal(program.reconstruct(x), again.reconstruct(x))
 

@@ -51,6 +51,11 @@ class Likelihood(nn.Module):
         """The data on the scale of networks: x itself, levels as x / (levels − 1), counts as log(1 + x)."""
         return x
 
+    @property
+    def sees_unit_interval(self) -> bool:
+        """Whether `inputs` lie between 0 and 1: for bits, levels and data on the interval."""
+        return self.measure.levels is not None or self.measure == DENSITY_ON_THE_INTERVAL
+
     def per_dimension(self, features: Tensor, event_dim: int) -> Tensor:
         """Features `(*batch, num_parameters * n, *rest)` as a view `(*batch, n, *rest, num_parameters)`.
 

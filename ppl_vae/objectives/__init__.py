@@ -9,6 +9,7 @@
 | `BetaELBO(beta)` | the ELBO | with the KL times β, a number or a schedule |
 | `AnalyticKL()` | the ELBO | with the KL in closed form |
 | `FreeBits(nats)` | the ELBO | with the KL free up to so many nats a dimension |
+| `SemiSupervisedELBO(alpha)` | of log p(x, y) where y is known, else of log p(x) | and a classifier's, times alpha |
 
 Every one is a `pyro.infer.ELBO` whose `terms(model, guide, *args)` gives the loss to lower and, beside it, the bound
 at weight 1. A weight on the KL belongs here: a `poutine.scale` inside the programs is refused. The pair is looked at
@@ -17,6 +18,7 @@ once, as `ppl_vae.scoring.Pair` does it, and again when one of its programs has 
 
 from ppl_vae.objectives.elbo import AnalyticKL, BetaELBO, FreeBits
 from ppl_vae.objectives.objective import Objective, Terms
+from ppl_vae.objectives.semi_supervised import SemiSupervisedELBO
 from ppl_vae.objectives.weighted import VIMCO, DReG, ImportanceWeightedELBO, StickingTheLanding
 
 IWAE = ImportanceWeightedELBO
@@ -30,6 +32,7 @@ __all__ = [
     "FreeBits",
     "ImportanceWeightedELBO",
     "Objective",
+    "SemiSupervisedELBO",
     "StickingTheLanding",
     "Terms",
 ]

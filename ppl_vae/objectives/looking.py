@@ -40,10 +40,11 @@ class Looks:
     ) -> Result:
         """`compute(pair, args)`, with the pair looked at."""
         parts = [*_parts(model), None, *_parts(guide)]
-        kind = tuple((type(a), a.shape[1:], a.shape[:1] == (1,)) if isinstance(a, Tensor) else type(a) for a in args)
+        kind = tuple((type(a), a.shape[1:]) if isinstance(a, Tensor) else type(a) for a in args)
         key = (*map(id, parts), kind)
         look = self._looks.get(key)
-        if look is not None and look.is_of(parts):
+        # One datum alone does not show what belongs to a datum.
+        if look is not None and look.is_of(parts) and (look.num_data > 1 or len(args[0]) == 1):
             try:
                 with _Sites() as sites:
                     result = compute(look.pair.bound_to(model, guide), args)
@@ -59,7 +60,7 @@ class Looks:
         with _Sites() as sites:
             result = compute(pair, args)
         self._looks = {k: other for k, other in self._looks.items() if other.is_alive()}
-        self._looks[key] = _Look(pair.bound_to(None, None), parts, sites.seen)
+        self._looks[key] = _Look(pair.bound_to(None, None), parts, sites.seen, len(args[0]))
         return result
 
     def __deepcopy__(self, _: object) -> Looks:
@@ -72,8 +73,8 @@ class Looks:
 class _Look:
     """What was found out about one pair, and what the pair was made of then."""
 
-    def __init__(self, pair: Pair, parts: list[object], sites: Signature) -> None:
-        self.pair, self.sites = pair, sites
+    def __init__(self, pair: Pair, parts: list[object], sites: Signature, num_data: int) -> None:
+        self.pair, self.sites, self.num_data = pair, sites, num_data
         self._parts = [None if part is None else weakref.ref(part) for part in parts]
 
     def is_of(self, parts: list[object]) -> bool:

@@ -14,7 +14,7 @@ class History:
         bound: mean lower bound of log p(x) in each epoch, which goes up: at weight 1 whatever an objective of
             `ppl_vae.objectives` does to the KL; minus the loss for one of Pyro's.
         validation: minus that bound on the validation data after each epoch, which goes down; empty without them.
-        stopped: why training ended: "finished", "early stopping" or "interrupted".
+        stopped: why training ended: "finished", "early stopping", "time limit" or "interrupted".
         seconds: spent, before and after the run was resumed.
     """
 

@@ -1,4 +1,4 @@
-"""p(z): `nn.Module`s, `()` to a `Distribution` over z."""
+"""The priors without anything to learn."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+
+from ppl_vae.priors.contract import checked_latent_dim
 
 
 class StandardNormal(nn.Module):
@@ -24,7 +26,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        self.latent_dim = _latent_dim(latent_dim)
+        self.latent_dim = checked_latent_dim(latent_dim)
         # Not saved with the weights: it only carries device and dtype.
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
@@ -45,7 +47,7 @@ class Flat(nn.Module):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        self.latent_dim = _latent_dim(latent_dim)
+        self.latent_dim = checked_latent_dim(latent_dim)
 
     def forward(self) -> dist.TorchDistribution:
         return _Flat(dist.constraints.real_vector, torch.Size(), torch.Size([self.latent_dim]))
@@ -57,9 +59,3 @@ class _Flat(dist.ImproperUniform):
             "A flat prior integrates to infinity and has no samples, so an autoencoder cannot generate data. "
             "Fit a VAE instead."
         )
-
-
-def _latent_dim(value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"latent_dim must be an integer of at least 1; got {value!r}.")
-    return value
