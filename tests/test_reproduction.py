@@ -132,6 +132,17 @@ def test_what_fit_gets(reproduce: Reproduce, monkeypatch: pytest.MonkeyPatch) ->
     assert seen["eps"] * 100 == pytest.approx(1e-4)
 
 
+def test_active_units_are_counted_by_layer() -> None:
+    """Of two layers the lower one, whose decoder passes on one unit, and of the upper one none."""
+    program = pv.HierarchicalVAE(7, (3, 2), hidden_dims=((11,), (5,)))
+    with torch.no_grad():
+        program.guide.encoder.layers[-1].weight[1:] = 0.0
+        program.guide.encoder.layers[-1].weight[0] = 5.0
+        program.guide.upper.layers[-1].weight.zero_()
+    found = pv.diagnose(program.model, program.guide, torch.bernoulli(torch.full((101, 7), 0.5)), num_samples=20)
+    assert reproduction.active_units(found) == "1+0"
+
+
 # The command
 
 
