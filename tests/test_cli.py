@@ -76,7 +76,7 @@ def contents(folder: Path) -> set[str]:
 # Without torch
 
 
-COMMANDS = ["demo", "train", "evaluate", "compare", "sample", "coin", "data"]
+COMMANDS = ["demo", "train", "evaluate", "compare", "sample", "reproduce", "coin", "data"]
 
 
 @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)])

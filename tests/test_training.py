@@ -410,6 +410,15 @@ def test_a_seed_gives_the_same_training_and_leaves_the_global_state(x: Tensor) -
 # Options.
 
 
+def test_eps_is_adams(x: Tensor) -> None:
+    """Far above every gradient it makes of Adam a gradient descent with steps of learning_rate / eps."""
+    vae = small_vae()
+    before, parameter = copied(vae), vae.decoder.layers[0].bias
+    fit(vae.model, vae.guide, x, epochs=1, batch_size=len(x), learning_rate=1.0, eps=1e4, progress=False)
+    moved_by = parameter.detach() - before["model.decoder.layers.0.bias"]
+    assert 0 < moved_by.abs().max() < 1e-3
+
+
 def test_learning_rate_as_a_function(x: Tensor) -> None:
     vae, shares = small_vae(), []
 
@@ -498,7 +507,7 @@ def test_ctrl_c_returns_what_was_learned(x: Tensor) -> None:
 
 
 def test_history_speaks() -> None:
-    assert repr(History([3.0, 2.0], [2.5, 2.25], "finished", 61.2)) == (
+    assert repr(History([3.0, 2.0], [-3.0, -2.0], [2.5, 2.25], "finished", 61.2)) == (
         "History(finished after 2 epochs, 61 s: loss 2.000, validation 2.250 nats per datum)"
     )
     assert "before the first step" in repr(History(stopped="interrupted"))

@@ -241,6 +241,58 @@ def sample(
 
 
 @app.command()
+def reproduce(
+    paper: Annotated[Literal["iwae"], typer.Argument(help="iwae: Burda et al. (2016), Table 1, MNIST.")],
+    layers: Annotated[Literal["1", "2"], typer.Option(help="Stochastic layers.")] = "1",
+    k: Annotated[Literal["1", "5", "50"], typer.Option(help="Samples of z for each image and step.")] = "1",
+    objective: Annotated[
+        Literal["iwae", "vae", "dreg"],
+        typer.Option(help="The bound of k samples, the mean of k ELBOs, or the bound with a less noisy gradient."),
+    ] = "iwae",
+    passes: Annotated[
+        int | None,
+        typer.Option(help="Stop after so many passes over the data. Default: all 3,280.", show_default=False),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Stop after the pass in which so many minutes of training are over.", show_default=False),
+    ] = None,
+    compressed: Annotated[
+        bool,
+        typer.Option(
+            "--compressed",
+            help="Not the beginning of the protocol but all its learning rates within the passes or minutes, in "
+            "batches of 100. For a short budget this ends higher.",
+        ),
+    ] = False,
+    root: Root = None,
+    download: Download = False,
+    num_data: Annotated[int, typer.Option(help="How many test images to score, chosen by the seed.")] = 1000,
+    num_samples: Annotated[int, typer.Option(help="Importance samples for each; 5,000 as published.")] = 5000,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder of the run. Default: runs/iwae-LAYERS-K-OBJECTIVE.", show_default=False),
+    ] = None,
+) -> None:
+    """Repeat a published experiment within a budget, and print its number beside the published one.
+
+    The same command goes on where it was stopped, and a larger budget where a smaller one ended. All is as published,
+    but that batches come in random order and that the scale of a latent is the softplus of its feature.
+    """
+    from ppl_vae.cli import reproduction
+
+    budget = reproduction.Budget(passes, minutes, compressed)
+    experiment = reproduction.Experiment(int(layers), int(k), objective, seed, budget.compressed_to)
+    out = out or Path("runs", f"{paper}-{layers}-{k}-{objective}")
+    scoring = reproduction.Scoring(num_data, num_samples)
+    history = reproduction.reproduce(experiment, budget, scoring, out, root=root, download=download)
+    if history.stopped == "interrupted":
+        typer.echo(f"{history}\nThe same command goes on from {out}.", err=True)
+        raise typer.Exit(130)
+
+
+@app.command()
 def coin(
     heads: Annotated[int, typer.Option(help="How many tosses came up heads.")] = 400,
     tosses: Annotated[int, typer.Option(help="How many tosses there were.")] = 1000,

@@ -31,9 +31,11 @@ def fit(
     epochs: int = 20,
     batch_size: int = 128,
     learning_rate: float | Callable[[float], float] = 1e-3,
+    eps: float = 1e-8,
     validation: Any = None,
     patience: int | None = None,
     clip_norm: float | None = None,
+    time_limit: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     seed: int | None = 0,
@@ -56,9 +58,11 @@ def fit(
         batch_size: of a step; the last batch of an epoch may be shorter.
         learning_rate: of Adam, a number or a function of the share of training done, from 0 to 1; so
             `lambda t: 1e-3 * 0.1**t` decays from 1e-3 to 1e-4.
+        eps: of Adam, for the gradient of the loss per datum.
         validation: data of the same kind (a tuple where there are several tensors), scored after each epoch.
         patience: stop when validation has not improved for so many epochs, and go back to the best weights.
         clip_norm: the largest norm of the gradient of the loss per datum.
+        time_limit: seconds, those before a resumption among them, after which no epoch begins but the first.
         checkpoint: a folder, for a file from which the run can go on as if it had never stopped. It is written after
             an epoch, at most every ten seconds, and when training ends for whatever reason; a kill leaves the earlier
             one whole. An epoch cut short is begun again.
@@ -96,6 +100,8 @@ def fit(
             raise ValueError(f"{name} must be an integer of at least 1; got {number!r}.")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm is the largest norm a gradient may have and must be positive; got {clip_norm!r}.")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit is in seconds and must be positive; got {time_limit!r}.")
     objective = Trace_ELBO() if objective is None else objective
     if not isinstance(objective, ELBO):
         raise TypeError(f"objective must be an instance of a pyro.infer.ELBO, such as Trace_ELBO(); got {objective!r}.")
@@ -116,7 +122,7 @@ def fit(
     with isolation.seeded(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # said below, with the site
         trained = Trained(model, guide, objective, batches)
-        optimizer = torch.optim.Adam(trained.parameters.values(), lr=rate(0.0), fused=True)
+        optimizer = torch.optim.Adam(trained.parameters.values(), lr=rate(0.0), eps=eps, fused=True)
         run = Run(trained, optimizer)
         trained.set_progress(kept.epochs / epochs)
         kept.restore(run, batches)
@@ -128,6 +134,9 @@ def fit(
         total, count = torch.zeros(2), 0
         try:
             for epoch in bar:
+                if time_limit is not None and epoch > 0 and time.perf_counter() - began >= time_limit:
+                    history.stopped = "time limit"
+                    break
                 # Pyro's validation finds data outside a likelihood's support; once over the data is enough.
                 with pyro.validation_enabled(epoch == start):
                     for index, batch in enumerate(batches):

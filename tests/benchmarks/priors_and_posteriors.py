@@ -5,7 +5,7 @@
 
 ROOT holds MNIST/raw; FOLDER takes the weights. NAME is one or more of those of `CHOICES`: `standard` is the usual VAE,
 the others change its prior or its posterior and nothing else. Networks 784-200-200-40 and back, tanh, batch 100, Adam
-from 1e-3 to 1e-4, started as in mnist_one_layer.py. The comparison is of held-out log p(x) by importance sampling and
+from 1e-3 to 1e-4, started as in `ppl-vae reproduce`. The comparison is of held-out log p(x) by importance sampling and
 of KL(q, posterior) = log p(x) - ELBO, on the same random test images, as differences from the first NAME.
 """
 
