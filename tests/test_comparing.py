@@ -455,6 +455,19 @@ def test_tables_are_compared_without_images(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "comparison.json").read_text())["rows"][0]["bits_per_dim"] is None
 
 
+def test_few_data_have_fewer_bars_and_one_datum_no_error(digits: Data, tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    small = Data(torch.randn(20, 3, generator=g), torch.randn(7, 3, generator=g), name="small")
+    found = pv.compare(small, {"Normal": lh.Gaussian()}, folder=tmp_path, **FEW)
+    (ax,) = pictures.calibration(found).axes
+    assert len(ax.containers[0]) == 2
+    smaller = Data(small.train, small.test[:2], name="smaller")
+    pv.compare(smaller, {"Normal": lh.Gaussian()}, folder=tmp_path / "2", **FEW)
+    assert not (tmp_path / "2/figures").exists()
+    one = pv.compare(replace(digits, test=digits.test[:1]), {"Trials": lh.Binomial(17)}, **FEW)
+    assert "± nan" in str(one)
+
+
 def test_the_networks_of_a_row_are_the_packages_own(found: pv.Comparison) -> None:
     vae = found["Bins"].vae
     assert isinstance(vae.encoder, pv.networks.MLP)
