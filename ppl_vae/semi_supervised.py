@@ -78,7 +78,7 @@ class M2(ConditionalVAE):
 
     Train it with `SemiSupervisedELBO`, which sums over the unknown classes and trains the classifier on the known ones:
 
-        fit(m2.model, m2.guide, x, label, objective=SemiSupervisedELBO(alpha=50.0))
+        fit(m2.model, m2.guide, x, label, objective=SemiSupervisedELBO(50.0))
 
     `m2.classify(x).probs` are the probabilities of the classes. `importance_sampling(m2.model, m2.guide, x, label)` is
     the evidence. It draws unknown classes; to sum over them instead, call it with every class:

@@ -424,7 +424,8 @@ def test_information_of_a_sample_approaches_that_of_the_population() -> None:
 
 def test_a_vae_has_the_elbo_of_its_importance_weights() -> None:
     with pv.isolation.seeded(1):
-        vae = pv.VAE((8, 8), latent_dim=3, encoder=pv.networks.MLP((8, 8), 6, hidden_dims=(13,)))
+        small = pv.networks.MLP((8, 8), 6, hidden_dims=(13,)), pv.networks.MLP(3, (8, 8), hidden_dims=(13,))
+        vae = pv.VAE((8, 8), latent_dim=3, encoder=small[0], decoder=small[1])
     x = pv.data.load("digits").static_binarization(seed=0).test[:23]
     found = diagnose(vae.model, vae.guide, x)
     evidence = pv.importance_sampling(vae.model, vae.guide, x)

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.contrib.zuko import ZukoToPyro
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from ppl_vae.posteriors import (
     Posterior,
     SplineFlow,
 )
+from ppl_vae.posteriors.flows import _zuko
 from ppl_vae.priors import FlowPrior, GaussianMixture, VampPrior
 
 NUM_DATA, LATENT_DIM, DATA_DIM = 5, 2, 7
@@ -155,6 +157,50 @@ def test_svi_trains_the_same_weights(name: str) -> None:
     for _ in range(3):
         svi.step(bits(NUM_DATA))
     assert not [key for key, value in vae.named_parameters() if torch.equal(value, before[key])]
+
+
+def of_torch() -> tuple[Any, Any]:
+    """A prior that is torch's mixture, whose support is a constraint of its own."""
+    loc = torch.tensor([[-1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+    components = dist.Normal(loc, 0.7).to_event(1)
+    wide = dist.Normal(torch.zeros(LATENT_DIM), 1.5).to_event(1)
+    return lambda: dist.MixtureSameFamily(dist.Categorical(torch.ones(3)), components), lambda x: wide.expand([len(x)])
+
+
+def of_zuko() -> tuple[Any, Any]:
+    """A prior and a guide in Pyro's wrapper of zuko, which declares no support at all."""
+    if find_spec("zuko") is None:
+        pytest.skip("zuko, of the extra [flows], is not installed")
+    flows = _zuko().flows
+    options = {"transforms": 2, "hidden_features": (5,), "passes": 2}
+    prior, guide = flows.NSF(LATENT_DIM, 0, **options), flows.NSF(LATENT_DIM, DATA_DIM, **options)
+    return lambda: ZukoToPyro(prior()), lambda x: ZukoToPyro(guide(x))
+
+
+@pytest.mark.parametrize("make", [of_torch, of_zuko])
+def test_mixtures_and_flows_of_other_packages_are_scored(make: Any) -> None:
+    decoder, (prior, q) = nn.Linear(LATENT_DIM, DATA_DIM), make()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior().expand([len(x)]))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q(x))
+
+    x = bits(3)
+    axis = torch.linspace(-8, 8, 161)
+    z = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        likelihood = dist.Bernoulli(logits=decoder(z).unsqueeze(-2)).to_event(1).log_prob(x)
+        log_px = (prior().log_prob(z).unsqueeze(-1) + likelihood).double().logsumexp(0) + 2 * log(0.1)
+    evidence = pv.importance_sampling(model, guide, x, num_samples=2000)
+    annealed = pv.annealed_importance_sampling(model, guide, x, num_temperatures=20, num_leapfrog=3)
+    for found in (evidence, annealed):
+        away = (found.log_px - log_px).abs() - found.standard_error.square()
+        assert (away < 4.5 * found.standard_error).all()
 
 
 class OneNumber(nn.Module):

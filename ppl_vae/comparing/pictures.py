@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_IMAGES, COLUMNS = 8, 3
+# Bars of a calibration, and as few numbers as make one.
+MOST_BARS, FEWEST = 20, 10
 
 
 def draw(comparison: Comparison, folder: Path) -> None:
-    """Writes `calibration.png` and, of images, `samples.png` and `reconstructions.png`."""
-    of_images = {"samples": samples, "reconstructions": reconstructions}
-    drawn = {"calibration": calibration, **(of_images if comparison.rows[0].data.test.dim() > 2 else {})}
+    """Writes `calibration.png` if there are numbers enough and, of images, `samples.png` and `reconstructions.png`."""
+    drawn: dict[str, Callable[[Comparison], Figure]] = {}
+    if comparison.rows[0].transform.numel() >= 2 * FEWEST:
+        drawn["calibration"] = calibration
+    if comparison.rows[0].data.test.dim() > 2:
+        drawn |= {"samples": samples, "reconstructions": reconstructions}
     for name, picture in drawn.items():
         write_picture(picture(comparison), folder / f"{name}.png")
 
@@ -57,7 +62,8 @@ def calibration(comparison: Comparison) -> Figure:
     """The probability integral transform of the test data under each decoder."""
 
     def panel(row: Row, ax: Axes) -> None:
-        plots.calibration(row.transform, ax=ax).set_title(row.name)
+        bins = min(MOST_BARS, row.transform.numel() // FEWEST)
+        plots.calibration(row.transform, bins=bins, ax=ax).set_title(row.name)
         legend = ax.get_legend()
         if legend is not None and row is not comparison.rows[0]:
             legend.remove()

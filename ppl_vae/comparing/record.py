@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import sqrt
+from math import nan, sqrt
 from typing import Any
 
 from torch import Tensor
@@ -85,7 +85,7 @@ class Comparison:
 
 
 def _error(values: Tensor) -> float:
-    return (values.std() / sqrt(len(values))).item()
+    return (values.std() / sqrt(len(values))).item() if len(values) > 1 else nan
 
 
 def _cells(row: Row) -> dict[str, str]:

@@ -9,7 +9,7 @@
 | `BetaELBO(beta)` | the ELBO | with the KL times β, a number or a schedule |
 | `AnalyticKL()` | the ELBO | with the KL in closed form |
 | `FreeBits(nats)` | the ELBO | with the KL free up to so many nats a dimension |
-| `SemiSupervisedELBO(...)` | of log p(x, y) where y is known, else of log p(x) | with the classes summed out |
+| `SemiSupervisedELBO(alpha)` | of log p(x, y) where y is known, else of log p(x) | and a classifier's, times alpha |
 
 Every one is a `pyro.infer.ELBO` whose `terms(model, guide, *args)` gives the loss to lower and, beside it, the bound
 at weight 1. A weight on the KL belongs here: a `poutine.scale` inside the programs is refused. The pair is looked at

@@ -71,8 +71,8 @@ class SplineFlow(OfOneLength):
     """q(z given x): noise through neural splines that see the datum, then a location and a scale.
 
     As `CouplingFlow`, with monotonic rational-quadratic splines on [−5, 5] in place of shifts and scales: each layer
-    bends more. Before training it is `DiagonalNormal`. The layers are those of zuko, an extra of this package
-    (`pip install "ppl-vae[flows]"`); torch's global switch for validation, which importing zuko turns off, is put back.
+    bends more. Before training it is `DiagonalNormal`. The layers are those of zuko (`pip install zuko`); the global
+    switch of torch's validation, which importing zuko turns off, is put back.
 
     Args:
         latent_dim: length of a latent.
@@ -111,23 +111,19 @@ class SplineFlow(OfOneLength):
             )
         self.num_layers, self.hidden_dims, self.num_bins = num_layers, tuple(hidden_dims), num_bins
         self.context_dim, self.floor = context_dim, checked_floor(floor)
-        splines = (
-            _zuko()
-            .flows.NSF(
-                latent_dim,
-                context_dim,
-                bins=num_bins,
-                transforms=num_layers,
-                hidden_features=self.hidden_dims,
-                passes=2,  # coupling layers, whose inverse is as cheap
-            )
-            .transform
+        flow = _zuko().flows.NSF(
+            latent_dim,
+            context_dim,
+            bins=num_bins,
+            transforms=num_layers,
+            hidden_features=self.hidden_dims,
+            passes=2,  # coupling layers, whose inverse is as cheap
         )
-        for layer in splines.transforms:
+        self.splines = flow.transform
+        for layer in self.splines.transforms:
             # Equal bins and slopes of 1: the identity.
             nn.init.zeros_(layer.hyper[-1].weight)
             nn.init.zeros_(layer.hyper[-1].bias)
-        self.splines = splines
 
     def num_features(self, latent_dim: int) -> int:
         """How many numbers the encoder must give: locations, scales and the context."""
@@ -148,8 +144,8 @@ def _zuko() -> Any:
         import zuko
     except ImportError as error:
         raise ImportError(
-            'SplineFlow is made of the layers of zuko, which is not installed: pip install "ppl-vae[flows]". '
-            "CouplingFlow needs nothing else."
+            "SplineFlow is made of the layers of zuko, which is not installed: pip install zuko. CouplingFlow needs "
+            "nothing else."
         ) from error
     finally:
         torch.distributions.Distribution.set_default_validate_args(validates)

@@ -8,8 +8,8 @@
 | `FlowPrior` | noise through affine coupling layers |
 | `Flat` | 1 everywhere: an autoencoder |
 
-All but `Flat` can be drawn from and scored at any z, at about the cost of a small network. What they learn is the mean
-of q(z given x) over the data, where the ELBO cannot see the difference.
+All but `Flat` can be drawn from and scored at any z, at about the cost of a small network. For a given guide the prior
+with the greatest ELBO is the mean of q(z given x) over the data; those that learn are ways to come near it.
 """
 
 from ppl_vae.priors.flow import FlowPrior

@@ -20,7 +20,7 @@ _INTERVAL = type(constraints.integer_interval(0, 1))
 
 def discrete_sites(sites: Sites) -> list[str]:
     """Names of the sites whose values are discrete."""
-    return [name for name, site in sites.items() if site["fn"].support.is_discrete]
+    return [name for name, site in sites.items() if support_of(site["fn"]).is_discrete]
 
 
 def configurations(layout: Layout, sites: Sites, num_data: int, *, most: int) -> tuple[int, Values]:

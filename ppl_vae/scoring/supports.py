@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.contrib.zuko import ZukoToPyro
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -23,6 +24,8 @@ def support_of(fn: Any) -> Any:
         return support_of(fn.base_dist)
     if isinstance(fn, torch.distributions.MixtureSameFamily) and is_unbounded(fn.component_distribution):
         return support_of(fn.component_distribution)
+    if isinstance(fn, ZukoToPyro):  # declares none
+        return fn.dist.transform.domain if hasattr(fn.dist, "transform") else support_of(fn.dist)
     if isinstance(fn, CIRCULAR):
         return constraints.independent(constraints.interval(-pi, pi), len(fn.event_shape))
     return fn.support
