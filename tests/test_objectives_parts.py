@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pairs
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -43,6 +44,15 @@ def test_the_gradient_in_parts_is_the_gradient(name: str, pair: str, monkeypatch
     assert torch.equal(torch.get_rng_state(), after)
     for one, other in zip(in_parts, at_once, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7, 11])
+def test_the_number_in_the_logarithm_is_that_of_all_particles(at_once: int) -> None:
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg)
+    for kind in CHUNKED.values():
+        bound = kind(num_particles=7, max_particles_at_once=at_once).terms(lg.model, lg.guide, x).bound
+        torch.testing.assert_close(bound, lg.log_px(x), rtol=0, atol=1e-6)
 
 
 def test_in_parts_less_is_held_in_memory() -> None:

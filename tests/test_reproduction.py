@@ -82,7 +82,7 @@ def test_the_compressed_schedule_visits_every_rate_for_as_long() -> None:
     schedule = reproduction.compressed(40)
     assert (schedule.passes, schedule.batch_size) == (40, 100)
     rates = [schedule.rate(done / 40) for done in range(40)]
-    expected = [5**0.5 * 1e-3 * 10 ** (-i / 7) for i in range(8) for _ in range(5)]
+    expected = [5 * 1e-3 * 10 ** (-i / 7) for i in range(8) for _ in range(5)]
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
@@ -130,6 +130,17 @@ def test_what_fit_gets(reproduce: Reproduce, monkeypatch: pytest.MonkeyPatch) ->
     assert reproduce("--passes", 2, "--compressed", "--out", "short").code == 0
     assert (seen["batch_size"], seen["epochs"], seen["time_limit"]) == (100, 2, None)
     assert seen["eps"] * 100 == pytest.approx(1e-4)
+
+
+def test_active_units_are_counted_by_layer() -> None:
+    """Of two layers the lower one, whose decoder passes on one unit, and of the upper one none."""
+    program = pv.HierarchicalVAE(7, (3, 2), hidden_dims=((11,), (5,)))
+    with torch.no_grad():
+        program.guide.encoder.layers[-1].weight[1:] = 0.0
+        program.guide.encoder.layers[-1].weight[0] = 5.0
+        program.guide.upper.layers[-1].weight.zero_()
+    found = pv.diagnose(program.model, program.guide, torch.bernoulli(torch.full((101, 7), 0.5)), num_samples=20)
+    assert reproduction.active_units(found) == "1+0"
 
 
 # The command

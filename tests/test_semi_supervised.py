@@ -390,9 +390,10 @@ def test_images_without_labels_help_to_classify_digits() -> None:
         x,
         label,
         objective=pv.SemiSupervisedELBO(50.0),
-        epochs=25,
+        epochs=15,
         batch_size=100,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
         progress=False,
     )
-    assert accuracy(m2) > accuracy(alone) + 0.02
+    assert accuracy(alone) > 0.65
+    assert accuracy(m2) > accuracy(alone) + 0.03

@@ -15,7 +15,6 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +108,10 @@ def compressed(passes: int) -> Schedule:
     """All eight learning rates in so few passes.
 
     Each for the same number of them: by the published shares two thirds of a short run would go at the lowest. Batches
-    are larger, which makes a pass cheaper, and the learning rates grow with the root of the batch size (Malladi et al.,
-    On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022, https://arxiv.org/abs/2205.10287).
+    are five times as large, which makes a pass cheaper, and so are the learning rates, which leaves the noise of a step
+    as it was (Goyal et al., Accurate, Large Minibatch SGD, 2017, https://arxiv.org/abs/1706.02677).
     """
-    factor = sqrt(COMPRESSED_BATCH_SIZE / BATCH_SIZE)
+    factor = COMPRESSED_BATCH_SIZE / BATCH_SIZE
     return Schedule(passes, COMPRESSED_BATCH_SIZE, lambda share: factor * RATES[min(int(8 * share + 1e-9), 7)])
 
 

@@ -11,18 +11,18 @@ class History:
 
     Attributes:
         loss: mean of what was lowered in each epoch, the negative ELBO for `Trace_ELBO`.
-        bound: mean lower bound of log p(x) in each epoch, which goes up: at weight 1 whatever an objective of
-            `ppl_vae.objectives` does to the KL; minus the loss for one of Pyro's.
-        validation: minus that bound on the validation data after each epoch, which goes down; empty without them.
+        validation: minus the `bound` on the validation data after each epoch, which goes down; empty without them.
         stopped: why training ended: "finished", "early stopping", "time limit" or "interrupted".
         seconds: spent, before and after the run was resumed.
+        bound: mean lower bound of log p(x) in each epoch, which goes up: at weight 1 whatever an objective of
+            `ppl_vae.objectives` does to the KL; minus the loss for one of Pyro's.
     """
 
     loss: list[float] = field(default_factory=list)
-    bound: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
     stopped: str = "finished"
     seconds: float = 0.0
+    bound: list[float] = field(default_factory=list)
 
     def add(self, loss: float, bound: float) -> None:
         """The means of one more epoch."""
@@ -33,7 +33,7 @@ class History:
         if not self.loss:
             return f"History({self.stopped} before the first step)"
         text = f"loss {self.loss[-1]:.3f}"
-        if self.bound[-1] != -self.loss[-1]:
+        if self.bound and self.bound[-1] != -self.loss[-1]:
             text += f", bound {self.bound[-1]:.3f}"
         if self.validation:
             text += f", validation {self.validation[-1]:.3f}"
