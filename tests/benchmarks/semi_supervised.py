@@ -1,13 +1,14 @@
 """M2 of Kingma et al. (2014) on MNIST with 100 labels: accuracy on the test images against CPU minutes.
 
-    python tests/benchmarks/semi_supervised.py ROOT [--minutes 20] [--labels 100]
+    python tests/benchmarks/semi_supervised.py ROOT [--minutes 10] [--labels 100]
 
 ROOT holds MNIST/raw. Of the first 50,000 training images a class-balanced few keep their labels. Images are binarised
-anew each time they are seen. One hidden layer of 500 softplus units in every network, z of 50 dimensions. In every
-batch of 200 one image in eleven has a label (labelled images are repeated), and alpha is 0.1 times the number of
-images over that of rows with labels, as in the paper. The baseline is the same classifier on the labelled images alone.
-Time is that of the processor, training alone. Published: 88.0 ± 1.7 % by the paper, 93.2 ± 0.6 % by Pyro's tutorial,
-which has two hidden layers and other weights.
+anew each time they are seen. One hidden layer of 200 units in every network, z of 50 dimensions. Images with labels are
+repeated until one row in eleven has one, and alpha is 20 for each of these. Training starts from the baseline, the
+classifier trained on the labelled images alone, and leaves it as it is for the first epoch. Adam falls from 1e-2 to
+1e-3. Time is that of the processor, one thread, training alone.
+
+Published: 88.0 ± 1.7 % (the paper, with 500 units), 93.2 ± 0.6 % (Pyro's tutorial).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def balanced(labels: Tensor, num_labels: int, generator: torch.Generator) -> Ten
 
 def supervised(images: Tensor, labels: Tensor, steps: int = 1000) -> pv.M2:
     """An M2 whose classifier has seen the labelled images alone: the baseline, and where training starts."""
-    m2 = pv.M2((28, 28), 10, 50, hidden_dims=(500,))
+    m2 = pv.M2((28, 28), 10, 50, hidden_dims=(200,))
     optimizer = torch.optim.Adam(m2.guide.classifier.parameters(), lr=1e-3)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -56,10 +57,10 @@ def supervised(images: Tensor, labels: Tensor, steps: int = 1000) -> pv.M2:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root")
-    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--labels", type=int, default=100)
-    parser.add_argument("--alpha", type=float, default=2.0, help="times the number of images; 0.1 in the paper")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--alpha", type=float, default=20.0)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -80,7 +81,7 @@ def main() -> None:
     m2 = supervised(images[index], labels[index])
     print(f"supervised on {len(index)} labels alone: {accuracy(m2, mnist.test, mnist.test_labels):.2f} %", flush=True)
 
-    objective = pv.SemiSupervisedELBO(options.alpha * len(images) / (repeats * len(index)))
+    objective = pv.SemiSupervisedELBO(options.alpha)
     epoch, spent = 0, 0.0
     while spent < 60 * options.minutes:
         # At first the others learn from the classifier, not it from them, who know nothing yet.
