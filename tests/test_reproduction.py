@@ -82,7 +82,7 @@ def test_the_compressed_schedule_visits_every_rate_for_as_long() -> None:
     schedule = reproduction.compressed(40)
     assert (schedule.passes, schedule.batch_size) == (40, 100)
     rates = [schedule.rate(done / 40) for done in range(40)]
-    expected = [5 * 1e-3 * 10 ** (-i / 7) for i in range(8) for _ in range(5)]
+    expected = [5**0.5 * 1e-3 * 10 ** (-i / 7) for i in range(8) for _ in range(5)]
     assert rates == pytest.approx(expected, rel=1e-12)
 
 

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,11 @@ def compressed(passes: int) -> Schedule:
     """All eight learning rates in so few passes.
 
     Each for the same number of them: by the published shares two thirds of a short run would go at the lowest. Batches
-    are five times as large, which makes a pass cheaper, and so are the learning rates, which leaves the noise of a step
-    as it was (Goyal et al., Accurate, Large Minibatch SGD, 2017, https://arxiv.org/abs/1706.02677).
+    are larger, which makes a pass cheaper, and the learning rates grow with the root of the batch size (Malladi et al.,
+    On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022, https://arxiv.org/abs/2205.10287); in
+    proportion to it, at 5e-3, the loss of k = 1 stayed at 116 nats after ten passes, where this way it is 106.
     """
-    factor = COMPRESSED_BATCH_SIZE / BATCH_SIZE
+    factor = sqrt(COMPRESSED_BATCH_SIZE / BATCH_SIZE)
     return Schedule(passes, COMPRESSED_BATCH_SIZE, lambda share: factor * RATES[min(int(8 * share + 1e-9), 7)])
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_IMAGES, COLUMNS = 8, 3
+GAP = 0.15  # inches around a panel, without which the images of neighbours run together
 # Bars of a calibration, and as few numbers as make one.
 MOST_BARS, FEWEST = 20, 10
 
@@ -87,13 +88,16 @@ def on_unit(row: Row, x: Tensor) -> Tensor:
 
 
 def _panels(comparison: Comparison, panel: Callable[[Row, Axes], None], *, height: float, title: str) -> Figure:
-    from matplotlib import pyplot  # here, because it would slow the start of every program
+    # Here, because they would slow the start of every program.
+    from matplotlib import pyplot
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     count = len(comparison.rows)
     columns = min(COLUMNS, count)
     lines = ceil(count / columns)
     size = 3.6 * columns, height * lines + 0.5
-    figure, axes = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    apart = ConstrainedLayoutEngine(w_pad=GAP)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, layout=apart, squeeze=False)
     for row, ax in zip(comparison.rows, axes.flat, strict=False):
         panel(row, ax)
     for ax in axes.flat[count:]:

@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import distributions as dist
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from ppl_vae import scoring
 from ppl_vae.diagnostics.record import Diagnostics
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, looked_at, root_seed, start_from
+from ppl_vae.objectives.divergences import closed_form, masked
 from ppl_vae.scoring import Pair, Program, Values
 from ppl_vae.scoring.inspection import is_delta
 from ppl_vae.scoring.running import Sites, per_datum, run, scored_sites
@@ -163,19 +162,14 @@ def _divergence(pair: Pair, guide: Sites, p: Any, name: str, given: Values) -> _
     factors = _factors(q["fn"]), _factors(p["fn"])
     is_split = None not in factors
     fns = factors if is_split else (q["fn"], p["fn"])
-    terms = None
-    if pair.encodes_once:
-        with suppress(NotImplementedError):
-            terms = kl_divergence(*fns)
+    terms = closed_form(*fns) if pair.encodes_once else None
     is_closed = terms is not None
     if terms is None:
         terms = log_prob_anywhere(fns[0], value) - log_prob_anywhere(fns[1], value)
     shape = value.shape if is_split else value.shape[: pair.layout.ranks[name]]
     terms = terms.expand(torch.broadcast_shapes(terms.shape, shape)).reshape(shape)
-    mask = None if p["mask"] is None else torch.as_tensor(p["mask"], device=terms.device)
-    if mask is not None and is_split:
-        mask = mask.reshape(*mask.shape, *(1,) * len(p["fn"].event_shape))
-    return _Divergence(_rows(pair, name, scale_and_mask(terms, mask=mask)), is_split, is_closed)
+    terms = masked(terms, p["mask"], rank=len(p["fn"].event_shape) if is_split else 0)
+    return _Divergence(_rows(pair, name, terms), is_split, is_closed)
 
 
 def _factors(fn: Any) -> Any:

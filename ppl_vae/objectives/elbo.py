@@ -35,8 +35,8 @@ class BetaELBO(Objective):
         >>> from ppl_vae.vae import VAE
         >>> vae = VAE((3,), latent_dim=2)
         >>> loss, bound = BetaELBO(4.0).terms(vae.model, vae.guide, torch.eye(3))
-        >>> loss.shape, bound.shape, bool(loss > -bound.sum())
-        (torch.Size([]), torch.Size([3]), True)
+        >>> loss.shape, bound.shape
+        (torch.Size([]), torch.Size([3]))
     """
 
     def __init__(self, beta: float | Callable[[float], float]) -> None:
