@@ -107,10 +107,7 @@ class Page:
         Raises:
             ValueError: the axes were removed from their figure.
         """
-        whole = figure.get_figure(root=True)  # a figure returns itself
-        if whole is None:
-            raise ValueError("Expected axes on a figure, got axes that were removed from theirs. Pass the figure.")
-        data = base64.b64encode(_rendered(whole, "png")).decode()
+        data = base64.b64encode(_rendered(_whole(figure), "png")).decode()
         self._add_figure(f'<img src="data:image/png;base64,{data}" alt="{html.escape(caption)}">', caption)
 
     def html(self) -> str:
@@ -178,16 +175,22 @@ def write_picture(figure: Figure | Axes, path: str | os.PathLike[str]) -> None:
     """Writes a figure, or the one that axes are on, to a file in one step, in the format of its suffix, and closes it.
 
     Raises:
-        ValueError: the suffix names no format of pictures.
+        ValueError: the suffix names no format of pictures; the axes were removed from their figure.
         OSError: as for `ppl_vae.files.write_bytes_atomically`.
     """
     from matplotlib import pyplot  # here, because it would slow the start of every program
 
-    whole = figure.get_figure(root=True)
-    assert whole is not None
+    whole = _whole(figure)
     data = _rendered(whole, os.path.splitext(path)[1].removeprefix(".") or "png")
     pyplot.close(whole)
     files.write_bytes_atomically(path, data)
+
+
+def _whole(figure: Figure | Axes) -> Figure:
+    whole = figure.get_figure(root=True)  # a figure returns itself
+    if whole is None:
+        raise ValueError("Expected axes on a figure, got axes that were removed from theirs. Pass the figure.")
+    return whole
 
 
 def _rendered(figure: Figure, kind: str) -> bytes:

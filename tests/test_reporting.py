@@ -189,3 +189,30 @@ def test_a_page_is_written_in_one_step(page: reporting.Page, tmp_path: Path, mon
     monkeypatch.setattr(files, "write_bytes_atomically", lambda path, data: written.append((path, data)))
     page.write(tmp_path / "b.html")
     assert written == [(tmp_path / "b.html", page.html().encode())]
+
+
+def test_a_picture_is_written_in_the_format_of_its_suffix_and_closed(tmp_path: Path) -> None:
+    for name, magic in (("a.png", b"\x89PNG"), ("b.pdf", b"%PDF"), ("c", b"\x89PNG")):
+        figure, ax = plt.subplots()
+        reporting.write_picture(ax, tmp_path / "new" / name)
+        assert (tmp_path / "new" / name).read_bytes().startswith(magic)
+        assert figure.number not in plt.get_fignums()
+    _, ax = plt.subplots()
+    with pytest.raises(ValueError, match="Format 'nonsense'"):
+        reporting.write_picture(ax, tmp_path / "d.nonsense")
+    ax.remove()
+    with pytest.raises(ValueError, match="removed from theirs"):
+        reporting.write_picture(ax, tmp_path / "e.png")
+    plt.close("all")
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["a.png", "b.pdf"]
+
+
+def test_a_table_is_aligned_as_text() -> None:
+    rows: list[dict[str, object]] = [{"name": "a", "bits": "≤ 2.345 ± 0.012"}, {"name": "longer", "bits": 7}]
+    assert reporting.text_table(rows).splitlines() == [
+        "name               bits",
+        "a       ≤ 2.345 ± 0.012",
+        "longer                7",
+    ]
+    with pytest.raises(ValueError, match="at least one row"):
+        reporting.text_table([])

@@ -8,7 +8,8 @@ repeated until one row in eleven has one, and alpha is 20 for each of these. Tra
 classifier trained on the labelled images alone, and leaves it as it is for the first epoch. Adam falls from 1e-2 to
 1e-3. Time is that of the processor, one thread, training alone.
 
-Published: 88.0 ± 1.7 % (the paper, with 500 units), 93.2 ± 0.6 % (Pyro's tutorial).
+Published: 88.0 ± 1.7 % (the paper, with 500 units), 93.2 ± 0.6 % (Pyro's tutorial). Measured
+here, one seed: 78.5 % by the labels alone, 87.5 % after 2.3 CPU minutes, 90.7 after 4.5, 91.6 at the end, after 10.3.
 """
 
 from __future__ import annotations
