@@ -507,7 +507,7 @@ def test_ctrl_c_returns_what_was_learned(x: Tensor) -> None:
 
 
 def test_history_speaks() -> None:
-    assert repr(History([3.0, 2.0], [-3.0, -2.0], [2.5, 2.25], "finished", 61.2)) == (
+    assert repr(History([3.0, 2.0], [2.5, 2.25], "finished", 61.2, bound=[-3.0, -2.0])) == (
         "History(finished after 2 epochs, 61 s: loss 2.000, validation 2.250 nats per datum)"
     )
     assert "before the first step" in repr(History(stopped="interrupted"))
