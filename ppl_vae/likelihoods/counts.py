@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -166,7 +166,7 @@ class _OfCounts(Parametric):
 
 
 class _Poisson(_OfCounts):
-    arg_constraints = {"log_mean": dist.constraints.real}  # noqa: RUF012
+    arg_constraints: ClassVar = {"log_mean": dist.constraints.real}
 
     def _log_prob(self, x: Tensor) -> Tensor:
         log_mean = self.log_mean.double()
@@ -182,7 +182,7 @@ class _Poisson(_OfCounts):
 
 
 class _NegativeBinomial(_OfCounts):
-    arg_constraints = {"log_mean": dist.constraints.real, "log_dispersion": dist.constraints.real}  # noqa: RUF012
+    arg_constraints: ClassVar = {"log_mean": dist.constraints.real, "log_dispersion": dist.constraints.real}
     log_dispersion: Tensor
 
     def _log_prob(self, x: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class _NegativeBinomial(_OfCounts):
 
 
 class _ZeroInflated(_NegativeBinomial):
-    arg_constraints = {**_NegativeBinomial.arg_constraints, "gate": dist.constraints.real}  # noqa: RUF012
+    arg_constraints: ClassVar = {**_NegativeBinomial.arg_constraints, "gate": dist.constraints.real}
     gate: Tensor
 
     def _log_prob(self, x: Tensor) -> Tensor:

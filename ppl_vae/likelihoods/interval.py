@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -53,7 +53,7 @@ class ContinuousBernoulli(Likelihood):
 
 
 class _ContinuousBernoulli(Parametric):
-    arg_constraints = {"logits": dist.constraints.real}  # noqa: RUF012
+    arg_constraints: ClassVar = {"logits": dist.constraints.real}
     support = dist.constraints.unit_interval
     has_rsample = True
     rule = "A continuous Bernoulli likelihood scores data on [0, 1]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -109,7 +109,7 @@ class OfLevels(Refusing):
 
 
 class _Categorical(OfLevels, Parametric):
-    arg_constraints = {"logits": dist.constraints.real_vector}  # noqa: RUF012
+    arg_constraints: ClassVar = {"logits": dist.constraints.real_vector}
     num_component_dims = 1
     logits: Tensor
 
@@ -136,7 +136,7 @@ class _Categorical(OfLevels, Parametric):
 
 
 class _Binomial(OfLevels, Parametric):
-    arg_constraints = {"logits": dist.constraints.real}  # noqa: RUF012
+    arg_constraints: ClassVar = {"logits": dist.constraints.real}
     logits: Tensor
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -8,13 +8,6 @@ from math import expm1, log
 RAW_ONE = log(expm1(1.0))
 
 
-def checked_latent_dim(value: int) -> int:
-    """A length of latents that is one."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"latent_dim must be an integer of at least 1; got {value!r}.")
-    return value
-
-
 def checked_count(name: str, value: int) -> int:
     """A number of things that is one."""
     if not isinstance(value, int) or value < 1:

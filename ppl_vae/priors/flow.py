@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from ppl_vae.distributions import Couplings
-from ppl_vae.priors.contract import RAW_ONE, checked_latent_dim
+from ppl_vae.priors.contract import RAW_ONE, checked_count
 
 
 class FlowPrior(nn.Module):
@@ -32,7 +32,8 @@ class FlowPrior(nn.Module):
 
     def __init__(self, latent_dim: int, *, num_layers: int = 6, hidden_dim: int = 100) -> None:
         super().__init__()
-        self.latent_dim, self.num_layers, self.hidden_dim = checked_latent_dim(latent_dim), num_layers, hidden_dim
+        self.latent_dim = checked_count("latent_dim", latent_dim)
+        self.num_layers, self.hidden_dim = num_layers, hidden_dim
         self.couplings = Couplings(latent_dim, num_layers=num_layers, hidden_dim=hidden_dim)
         self.loc = nn.Parameter(torch.zeros(latent_dim))
         self.raw_scale = nn.Parameter(torch.full((latent_dim,), RAW_ONE))

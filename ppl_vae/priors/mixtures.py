@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ppl_vae.distributions import NormalMixture
-from ppl_vae.priors.contract import RAW_ONE, checked_count, checked_latent_dim
+from ppl_vae.priors.contract import RAW_ONE, checked_count
 
 # Data start within these, on the scale from 0 to 1, whose ends the logistic function does not reach.
 DARKEST, LIGHTEST = 0.02, 0.98
@@ -34,7 +34,7 @@ class GaussianMixture(nn.Module):
 
     def __init__(self, latent_dim: int, num_components: int = 10, *, floor: float = 1e-3) -> None:
         super().__init__()
-        self.latent_dim = checked_latent_dim(latent_dim)
+        self.latent_dim = checked_count("latent_dim", latent_dim)
         self.num_components = checked_count("num_components", num_components)
         if not floor >= 0:
             raise ValueError(f"floor is a smallest standard deviation and cannot be negative; got {floor!r}.")

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ppl_vae.priors.contract import checked_latent_dim
+from ppl_vae.priors.contract import checked_count
 
 
 class StandardNormal(nn.Module):
@@ -26,7 +26,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        self.latent_dim = checked_latent_dim(latent_dim)
+        self.latent_dim = checked_count("latent_dim", latent_dim)
         # Not saved with the weights: it only carries device and dtype.
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
@@ -47,7 +47,7 @@ class Flat(nn.Module):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        self.latent_dim = checked_latent_dim(latent_dim)
+        self.latent_dim = checked_count("latent_dim", latent_dim)
 
     def forward(self) -> dist.TorchDistribution:
         return _Flat(dist.constraints.real_vector, torch.Size(), torch.Size([self.latent_dim]))
