@@ -262,7 +262,7 @@ def test_a_constrained_latent() -> None:
     found = diagnose(pair.model, pair.guide, tosses)
     q, prior = pair.posterior(tosses), dist.Beta(torch.tensor(2.0).double(), torch.tensor(3.0).double())
     torch.testing.assert_close(found.kl, kl_divergence(q, prior), rtol=0, atol=1e-9)
-    torch.testing.assert_close(found.elbo, pair.log_px(tosses), rtol=0, atol=0.2)
+    within_errors(found, "elbo", pair.log_px(tosses))
     torch.testing.assert_close(found.unit_variance, q.mean.var(0, keepdim=True), rtol=0, atol=1e-9)
     assert found.dimensions == ["z"]
 

@@ -56,12 +56,23 @@ MAKE: dict[str, Callable[[], Objective]] = {
 }
 
 
+def error_of_two(objective: Objective, vae: VAE, x: Tensor) -> float:
+    """The standard error of the difference between two estimates of the mean bound."""
+    objective.progress = 1.0
+    with torch.no_grad():
+        one, two = (objective.terms(vae.model, vae.guide, x).bound for _ in range(2))
+    return ((one - two).std() / len(x) ** 0.5).item()
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_every_objective_trains(name: str, x: Tensor) -> None:
-    _, history = run(MAKE[name](), x, epochs=10)
+    vae, history = run(MAKE[name](), x, epochs=10)
     assert history.bound[-1] > history.bound[0] + 0.1
     assert history.validation[-1] < history.validation[0] - 0.1
-    assert history.validation[-1] == pytest.approx(-history.bound[-1], abs=0.5)
+    # With weights that stay as they are, the bound at weight 1 and minus the validation estimate the same number.
+    options = {"epochs": 1, "batch_size": 23, "learning_rate": 0.0, "progress": False, "validation": x}
+    still = fit(vae.model, vae.guide, x, objective=MAKE[name](), **options)
+    assert abs(still.validation[0] + still.bound[0]) < 4.5 * error_of_two(MAKE[name](), vae, x)
     assert len(history.loss) == len(history.bound) == len(history.validation) == 10
 
 
@@ -101,10 +112,10 @@ def test_a_schedule_follows_the_share_of_training_done(x: Tensor) -> None:
     run(objective, x, epochs=2, validation=None)
     steps = sorted(set(seen))
     assert steps == pytest.approx([k / 10 for k in range(10)])  # 2 epochs of 5 batches
-    _, history = run(BetaELBO(lambda t: 0.0 if t < 0.5 else 5.0), x, learning_rate=0.0, epochs=4)
+    vae, history = run(BetaELBO(lambda t: 0.0 if t < 0.5 else 5.0), x, learning_rate=0.0, epochs=4)
     low, high = history.loss[:2], history.loss[2:]
     assert max(low) < min(high)
-    assert history.bound == pytest.approx([history.bound[0]] * 4, abs=0.5)
+    assert history.bound == pytest.approx([history.bound[0]] * 4, abs=4.5 * error_of_two(BetaELBO(1.0), vae, x))
 
 
 def test_early_stopping_looks_at_the_bound(x: Tensor) -> None:
