@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ def joined() -> Iterator[None]:
     local rank. What processes other than the first print is dropped.
 
     Raises:
-        FailedElsewhere: in all processes but one, when any of them fails: one error is enough.
+        SystemExit: in all processes but one, when any of them fails: one error is enough, the first.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
@@ -83,11 +84,18 @@ def joined() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, FailedElsewhere):
             time.sleep(2.0)  # the one that knows more comes first
-        if store.add("failures", 1) > 1:
-            raise FailedElsewhere("Another process has failed, and says why.") from error
+        if not _is_first_to_fail(store):
+            sys.exit(2)
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _is_first_to_fail(store: dist.Store) -> bool:
+    try:
+        return store.add("failures", 1) == 1
+    except RuntimeError:  # what kept count is gone, and has perhaps said nothing
+        return True
 
 
 @contextmanager
@@ -158,11 +166,19 @@ def from_first(compute: Callable[[], Value]) -> Value:
 
 
 def part_ways() -> None:
-    """Starts the random numbers of every process but the first from seeds of their own, which the first one draws."""
+    """Starts the random numbers of every process but the first from a seed of its own.
+
+    The seeds follow from the random state of the first, whose numbers go on as those of one process would.
+    """
     if world_size() > 1:
-        root = from_first(lambda: int(torch.randint(2**62, ())))
+        root = from_first(_next_seed)
         if not is_first():
             torch.manual_seed(int(np.random.SeedSequence((root, rank())).generate_state(1, np.uint64)[0] >> 1))
+
+
+def _next_seed() -> int:
+    with torch.random.fork_rng(devices=[]):
+        return int(torch.randint(2**62, ()))
 
 
 @contextmanager
@@ -201,6 +217,6 @@ def _in_words() -> Iterator[None]:
         yield
     except RuntimeError as error:  # the kind of error depends on the backend
         raise FailedElsewhere(
-            f"Process {rank()} of {world_size()} has lost the others: one of them has ended without a word, or waited "
-            f"for more than {PATIENCE.total_seconds():.0f} seconds ({str(error).splitlines()[0]})."
+            f"Process {rank()} of {world_size()} has lost the others: one of them has ended without a word, or has not "
+            f"come for {PATIENCE.total_seconds() / 60:.0f} minutes. Look for what the others said."
         ) from error
