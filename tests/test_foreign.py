@@ -1,4 +1,4 @@
-"""`fit` on pairs that this project did not write: all of them train, and what takes no part in a loss is named."""
+"""Pairs that this project did not write: `fit` trains all of them, and log p(x) comes of each or a reason why not."""
 
 from __future__ import annotations
 
@@ -80,3 +80,29 @@ def test_without_training_no_loss_falls_by_more_than_noise() -> None:
         before = losses(pair)
         fit(pair, epochs=2, learning_rate=1e-9)
         assert not lowered(before, losses(pair))
+
+
+def test_log_px_sums_over_the_classes_of_the_semi_supervised_pair() -> None:
+    pair = foreign.unsupervised()
+    x, num_classes = pair.data[0], foreign.NUM_CLASSES
+    labels = torch.eye(num_classes).unsqueeze(1).expand(-1, len(x), -1)
+    each = [pv.importance_sampling(pair.model, pair.guide, x, y, num_samples=1000) for y in labels]
+    whole = pv.importance_sampling(pair.model, pair.guide, x, num_samples=1000)
+    error = torch.stack([e.standard_error for e in [*each, whole]]).square().sum(0).sqrt()
+    log_px = torch.stack([e.log_px for e in each]).logsumexp(0)
+    assert ((whole.log_px - log_px).abs() < 4.5 * error).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("regression", "Site 'sigma' of the model is outside the plate 'data'"),
+        ("deep_markov_packed", r"is scaled by 0.3 \(`poutine.scale`\)"),
+    ],
+)
+def test_where_there_is_no_log_px_the_reason_is_said(name: str, sentence: str) -> None:
+    pair = foreign.PAIRS[name]()
+    data = next(iter(pair.data[0])) if isinstance(pair.data[0], DataLoader) else pair.data
+    pair.guide(*data)
+    with pytest.raises(ValueError, match=sentence):
+        pv.importance_sampling(pair.model, pair.guide, *data, num_samples=3)
