@@ -340,8 +340,9 @@ def deep_markov_packed() -> Foreign:
 class Regression(PyroModule):
     """A linear layer whose weights are latent."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_data: int | None = None) -> None:
         super().__init__()
+        self.num_data = num_data  # where a batch is not all of them
         self.linear = PyroModule[nn.Linear](NUM_FEATURES, 1)
         self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, NUM_FEATURES]).to_event(2))
         self.linear.bias = PyroSample(dist.Normal(0.0, 10.0).expand([1]).to_event(1))
@@ -349,17 +350,17 @@ class Regression(PyroModule):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         sigma = pyro.sample("sigma", dist.Uniform(0.0, 10.0))
         mean = self.linear(x).squeeze(-1)
-        with pyro.plate("data", x.shape[0]):
+        with pyro.plate("data", self.num_data or len(x), subsample_size=len(x)):
             pyro.sample("obs", dist.Normal(mean, sigma), obs=y)
         return mean
 
 
-def regression() -> Foreign:
+def regression(*, batch_size: int = NUM_DATA, num_data: int | None = None) -> Foreign:
     g = torch.Generator().manual_seed(7)
     x = torch.randn(NUM_DATA, NUM_FEATURES, generator=g)
     y = x @ torch.tensor([1.5, -0.5, 0.3]) + 2 + 0.3 * torch.randn(NUM_DATA, generator=g)
-    model = Regression()
-    return Foreign(model, AutoNormal(model), (x, y), Trace_ELBO(), batch_size=NUM_DATA)
+    model = Regression(num_data)
+    return Foreign(model, AutoNormal(model), (x, y), Trace_ELBO(), batch_size=batch_size)
 
 
 PAIRS: dict[str, Callable[[], Foreign]] = {

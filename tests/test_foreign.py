@@ -82,6 +82,15 @@ def test_without_training_no_loss_falls_by_more_than_noise() -> None:
         assert not lowered(before, losses(pair))
 
 
+def test_weights_that_all_data_share_are_trained_by_batches_only_where_the_plate_says_how_many_there_are() -> None:
+    with pytest.raises(ValueError, match="All data share the latent 'sigma', and each of 3 batches"):
+        fit(foreign.regression(batch_size=foreign.BATCH_SIZE))
+    pair = foreign.regression(batch_size=foreign.BATCH_SIZE, num_data=foreign.NUM_DATA)
+    before = losses(pair)
+    fit(pair)
+    assert lowered(before, losses(pair))
+
+
 def test_log_px_sums_over_the_classes_of_the_semi_supervised_pair() -> None:
     pair = foreign.unsupervised()
     x, num_classes = pair.data[0], foreign.NUM_CLASSES
