@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from contestants import epoch_of_fit, images, seconds, vae
+from contestants import images, seconds, step_of_fit, vae
 from matplotlib import pyplot
 
 import ppl_vae as pv
@@ -25,7 +25,7 @@ STEPS = 40
 def step(*, batch_size: int = 128, latent_dim: int = 50) -> Callable[[bool], float]:
     """Milliseconds of a training step."""
     pair, x = vae(latent_dim), images(STEPS * batch_size)
-    return lambda compiled: epoch_of_fit(pair, x, batch_size=batch_size, compile=compiled) / STEPS * 1e3
+    return lambda compiled: step_of_fit(pair, x, batch_size=batch_size, compile=compiled) * 1e3
 
 
 def log_px(*, num_data: int = 64, num_samples: int = 100) -> Callable[[bool], float]:

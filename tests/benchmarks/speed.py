@@ -26,13 +26,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from contestants import BATCH, DECODER_FLOPS, LATENT, PIXELS, SAMPLES, gemm_rate, images, samplers, seconds, trainers
+from contestants import BATCH, DECODER_FLOPS, LATENT, PIXELS, gemm_rate, images, samplers, seconds, trainers
 
 import ppl_vae as pv
 
-NUM_DATA, SCORED = 20_480, 128
+NUM_DATA, SCORED = 20_480, 512
 PEERS = Path(__file__).resolve().parents[3] / "shared" / "peers"
 TRAINING, SCORING = "training, data loading included: ms per step", "log p(x): microseconds per sample"
+THOUSANDS_PER_SECOND = {TRAINING: BATCH, SCORING: 1000}  # of images, of samples: these, divided by the cost
 MEMORY, START = "peak memory of a process: MiB", "start: seconds"
 SETUPS = {
     "import torch, pyro": "import torch, pyro",
@@ -88,11 +89,14 @@ def in_new_process(work: Callable[..., float], *args: object) -> float:
 def table(costs: dict[str, dict[str, list[float]]]) -> Iterator[str]:
     """One line for each contestant, under the heading of each group, whose first contestant the others are held to."""
     for group, contestants in costs.items():
-        yield f"\n{group:<60}{'median':>10}{'lowest':>10}{'highest':>10}{'ratio':>8}"
+        per_second = THOUSANDS_PER_SECOND.get(group)
+        last = f"{'thousands/s':>13}" if per_second else ""
+        yield f"\n{group:<60}{'median':>9}{'lowest':>9}{'highest':>9}{'ratio':>7}{last}"
         ours = statistics.median(next(iter(contestants.values())))
         for name, values in contestants.items():
             median = statistics.median(values)
-            yield f"{name:<60}{median:>10.2f}{min(values):>10.2f}{max(values):>10.2f}{median / ours:>8.2f}"
+            rate = f"{per_second / median:>13.1f}" if per_second else ""
+            yield f"{name:<60}{median:>9.2f}{min(values):>9.2f}{max(values):>9.2f}{median / ours:>7.2f}{rate}"
 
 
 def main() -> None:
@@ -106,19 +110,19 @@ def main() -> None:
     torch.manual_seed(0)
 
     costs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    epochs, evaluations = trainers(images(NUM_DATA)), samplers(images(SCORED))
-    for epoch in (*epochs.values(), *evaluations.values()):
-        epoch()
+    steps, samples = trainers(images(NUM_DATA)), samplers(images(SCORED))
+    for warm_up in (*steps.values(), *samples.values()):
+        warm_up()
     best = 0.0
     for _ in range(options.rounds):
-        for name, epoch in epochs.items():
-            costs[TRAINING][name].append(epoch() / (NUM_DATA / BATCH) * 1e3)
-        for name, evaluation in evaluations.items():
-            costs[SCORING][name].append(evaluation() / (SCORED * SAMPLES) * 1e6)
+        for name, step in steps.items():
+            costs[TRAINING][name].append(step() * 1e3)
+        for name, sample in samples.items():
+            costs[SCORING][name].append(sample() * 1e6)
         best = max(best, gemm_rate())
         for group, name, cost in peers({"jax": options.jax, "pythae": options.pythae}):
             costs[group][name].append(cost)
-    for group, name in [(TRAINING, name) for name in epochs] + [(SCORING, name) for name in evaluations]:
+    for group, name in [(TRAINING, name) for name in steps] + [(SCORING, name) for name in samples]:
         costs[MEMORY][name].append(in_new_process(peak_memory, group, name, options.threads))
     for _ in range(options.rounds):
         for name, code in SETUPS.items():
@@ -129,11 +133,11 @@ def main() -> None:
                 costs[START][name].append(in_new_process(first_step, cache, options.threads))
 
     print(*table(costs), sep="\n")
-    rate = DECODER_FLOPS / statistics.median(next(iter(costs[SCORING].values()))) / 1e3
+    rate = 1e6 * DECODER_FLOPS / statistics.median(costs[SCORING]["importance_sampling(compile=True)"])
     print(
-        f"\nbest product of matrices {best / 1e9:.0f} GFLOP/s; importance_sampling(compile=True) {rate:.0f},", end=" "
+        f"\nbest product of matrices {best / 1e9:.0f} GFLOP/s; importance_sampling(compile=True) {rate / 1e9:.0f}, "
+        f"{rate / best:.0%} of it; {options.threads} threads, {options.rounds} rounds"
     )
-    print(f"{1e9 * rate / best:.0%} of it; {options.threads} threads, {options.rounds} rounds")
 
 
 if __name__ == "__main__":
