@@ -159,7 +159,8 @@ def _own_outputs(graph: GraphModule) -> None:
 def _unfuse_biases(graph: GraphModule) -> None:
     """Adds biases after their product of matrices, where the compiler fuses that with what comes next.
 
-    On a processor the product with a bias is two runs over the output, of which this saves one.
+    On a processor the product with a bias is two runs over the output, of which this saves one. It is subtracted, for
+    a sum would be fused into the product again.
     """
     for node in graph.graph.find_nodes(op="call_function", target=_ATEN.addmm.default):
         bias, a, b = node.args
@@ -167,7 +168,8 @@ def _unfuse_biases(graph: GraphModule) -> None:
             continue
         with graph.graph.inserting_before(node):
             product = graph.graph.call_function(_ATEN.mm.default, (a, b))
-            total = graph.graph.call_function(_ATEN.add.Tensor, (product, bias))
+            minus = graph.graph.call_function(_ATEN.neg.default, (bias,))
+            total = graph.graph.call_function(_ATEN.sub.Tensor, (product, minus))
         node.replace_all_uses_with(total)
         graph.graph.erase_node(node)
 

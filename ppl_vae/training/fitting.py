@@ -143,7 +143,7 @@ def fit(
         )  # else the environment's TQDM_DISABLE has the say
         left = range(start, epochs) if history.stopped != "early stopping" else ()
         bar = tqdm(left, desc="fit", unit="epoch", initial=start, total=epochs, **quiet)
-        sums = torch.zeros(3)
+        sums = (0.0, 0.0, 0.0)
         try:
             for epoch in bar:
                 if epoch > 0 and processes.from_first(lambda: time.perf_counter() - began >= limit):
@@ -157,9 +157,10 @@ def fit(
                         trained.set_progress(share)
                         for group in optimizer.param_groups:
                             group["lr"] = rate(share)
-                        sums = sums + trained.step(optimizer, batch, clip_norm, f"epoch {epoch + 1}, batch {index + 1}")
-                history.add(*(sums[:2] / sums[2]).tolist())
-                sums = torch.zeros(3)
+                        step = trained.step(optimizer, batch, clip_norm, f"epoch {epoch + 1}, batch {index + 1}")
+                        sums = sums[0] + step[0], sums[1] + step[1], sums[2] + step[2]
+                history.add(sums[0] / sums[2], sums[1] / sums[2])
+                sums = (0.0, 0.0, 0.0)
                 trained.synchronise_buffers()
                 parameters.check_store(trained.stored)
                 shown = {"loss": f"{history.loss[-1]:.3f}"}
@@ -179,7 +180,7 @@ def fit(
             history.stopped = "interrupted"
             trained.synchronise_buffers()
             if sums[2]:
-                history.add(*(sums[:2] / sums[2]).tolist())
+                history.add(sums[0] / sums[2], sums[1] / sums[2])
         finally:
             bar.close()
             optimizer.zero_grad()
