@@ -103,7 +103,7 @@ def summed(differentiate: Callable[[], Tensor], trained: parameters.Parameters, 
     total[: sum(sizes)] /= terms[-1]
     for p, part, known in zip(leaves, parts, given.tolist(), strict=True):
         # A parameter without a gradient in all processes has none, as with one process.
-        p.grad = part.view_as(p).to(p) if known else None
+        p.grad = torch.empty_like(p).copy_(part.view_as(p)) if known else None
     return terms.double().cpu()
 
 
