@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro.distributions as dist
+import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.distributions.utils import broadcast_all
 
 from ppl_vae.likelihoods.contract import Likelihood, probability_of_levels
 from ppl_vae.likelihoods.families import Refusing
+
+FACTORS = 16  # of at most 2, so that their product is no larger than 2¹⁶
 
 
 class Bernoulli(Likelihood):
@@ -45,6 +50,65 @@ class _Bernoulli(Refusing, dist.Bernoulli):
         "values, such as `likelihoods.ContinuousBernoulli()` or `likelihoods.Gaussian()`. The cross-entropy of grey "
         "values, which is no log p(x), goes by the name of `likelihoods.bce_score`."
     )
+
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> dist.TorchDistribution:
+        p = super().to_event(reinterpreted_batch_ndims)
+        return _Together(self, p.reinterpreted_batch_ndims) if isinstance(p, dist.Independent) else p
+
+
+class _Together(dist.Independent):
+    """Independent bits, whose log-probabilities are summed as they are computed."""
+
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> dist.TorchDistribution:
+        further = len(self.batch_shape) if reinterpreted_batch_ndims is None else reinterpreted_batch_ndims
+        return self.base_dist.to_event(self.reinterpreted_batch_ndims + further)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self.base_dist._validate_sample(value)
+        return _summed(self.base_dist.logits, value, self.reinterpreted_batch_ndims)
+
+
+def _summed(logits: Tensor, x: Tensor, event_dim: int) -> Tensor:
+    """Σ x η − log(1 + e^η) over the last dimensions; in float32 at least, as sums of many numbers are taken."""
+    logits, x = broadcast_all(logits.to(torch.promote_types(logits.dtype, torch.float32)), x)
+    return _Score.apply(logits.flatten(-event_dim), x.flatten(-event_dim))
+
+
+class _Score(torch.autograd.Function):
+    """Σ x η − log(1 + e^η) over the last dimension, by one exponential per number and one logarithm per `FACTORS`.
+
+    x η − log(1 + e^η) = (x − ½) η − ½ |η| − log(1 + e^(−|η|)), and of the factors 1 + e^(−|η|), which lie between 1
+    and 2, a few can be multiplied before the logarithm is taken. The gradient, x − sigmoid(η), needs none of them.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, x: Tensor) -> Tensor:
+        size = logits.abs()
+        linear = ((x - 0.5) * logits).sub_(size, alpha=0.5).sum(-1)
+        groups, rest = divmod(logits.shape[-1], FACTORS)
+        decay = size.neg_().exp_()
+        together, alone = decay.split([groups * FACTORS, rest], dim=-1)
+        product = (1 + together).unflatten(-1, (FACTORS, groups)).prod(-2)
+        return linear - product.log().sum(-1) - alone.log1p().sum(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits, x = ctx.saved_tensors
+        gradient = gradient.unsqueeze(-1)
+        return gradient * (x - logits.sigmoid()), gradient * logits if ctx.needs_input_grad[1] else None
+
+    @staticmethod
+    def jvp(ctx: Any, logits_tangent: Tensor, x_tangent: Tensor) -> Tensor:
+        logits, x = ctx.saved_tensors
+        return ((x - logits.sigmoid()) * logits_tangent + logits * x_tangent).sum(-1)
 
 
 def bce_score(features: Tensor, x: Tensor, event_dim: int = 1) -> Tensor:
@@ -84,5 +148,4 @@ def bce_score(features: Tensor, x: Tensor, event_dim: int = 1) -> Tensor:
             f"A cross-entropy takes values in [0, 1]; got values from {x.min().item():.4g} to {x.max().item():.4g}. "
             "Divide levels by the largest."
         )
-    score = x * features - softplus(features)
-    return score.flatten(-event_dim).sum(-1)
+    return _summed(features, x, event_dim)

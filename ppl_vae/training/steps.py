@@ -49,6 +49,13 @@ class Trained:
                     f"{parts} batches, or shares of them. Train on all the data at once, with batch_size=len(x) and in "
                     "one process, or write a guide with an encoder."
                 )
+        shared = [n for n, s in sites.items() if not s["is_observed"] and frames.isdisjoint(s["cond_indep_stack"])]
+        if frames and shared and len(batches) > 1 and self.num_data is None:
+            raise ValueError(
+                f"All data share the latent '{shared[0]}', and each of {len(batches)} batches would count its prior in "
+                "full. Train on all the data at once, with batch_size=len(x), or say how many there are: "
+                f'`pyro.plate("{next(iter(names))}", N, subsample_size=len(x))`.'
+            )
         self.plates = set(names)
         self.has_globals = any(not frames & set(site["cond_indep_stack"]) for site in sites.values())
         if processes.world_size() > 1:
