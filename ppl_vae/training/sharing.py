@@ -5,6 +5,9 @@ are its gradient and the bound. For a plate over N data of which B are in the ba
 subsample_size=len(x))`, that is so of everything in the loss: a share scales its own data by N / len(x), and what all
 data have in common once. For a plate that is as long as the batch, what all data have in common would be counted by
 each process; `Partly` has each count as much of it as it has of the data.
+
+`DistributedDataParallel` is not used: it wraps a module, and a pair may be functions whose parameters are plain tensors
+in Pyro's store; it averages over processes, not over data; and it never sees a gradient from `torch.autograd.grad`.
 """
 
 from __future__ import annotations
