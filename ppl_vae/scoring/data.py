@@ -53,7 +53,9 @@ def rows(args: tuple[Any, ...], index: slice | Tensor) -> tuple[Any, ...]:
         >>> rows((torch.arange(3.0), torch.ones(3, 2), 0.5), slice(1))
         (tensor([0.]), tensor([[1., 1.]]), 0.5)
     """
-    return tuple(a[index] if is_per_datum(a) else a for a in args)
+    if isinstance(index, slice):
+        return tuple(a[index] if is_per_datum(a) else a for a in args)
+    return tuple(a.index_select(0, index.to(a.device)) if is_per_datum(a) else a for a in args)
 
 
 def widened(args: tuple[Any, ...], width: int) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from tqdm.auto import tqdm
 
-from ppl_vae import isolation, parameters, processes
+from ppl_vae import isolation, parameters, precision, processes
 from ppl_vae.batches import Batches, as_tuple
 from ppl_vae.objectives import Objective
 from ppl_vae.scoring import Program
@@ -37,6 +37,7 @@ def fit(
     patience: int | None = None,
     clip_norm: float | None = None,
     time_limit: float | None = None,
+    compile: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     seed: int | None = 0,
@@ -70,6 +71,9 @@ def fit(
         patience: stop when validation has not improved for so many epochs, and go back to the best weights.
         clip_norm: the largest norm of the gradient of the loss per datum.
         time_limit: seconds, those before a resumption among them, after which no epoch begins but the first.
+        compile: record the training step of this pair to one graph and compile it, which takes some seconds at first.
+            The loss is that of an eager run with the same seed, to rounding. What cannot be compiled runs eagerly,
+            with a warning that says why. It needs a C++ compiler.
         checkpoint: a folder, for a file from which the run can go on as if it had never stopped. It is written after
             an epoch, at most every ten seconds, and when training ends for whatever reason; a kill leaves the earlier
             one whole. An epoch cut short is begun again.
@@ -92,7 +96,8 @@ def fit(
         FileExistsError: when there is a checkpoint in the folder and `resume` is False.
         RuntimeError: when there is nothing to train, when a network is not registered or hides behind an earlier one
             of the same name in the parameter store, and when loss or gradient are no longer finite. The sentence
-            names the parameter, or epoch, batch and site; the weights are the last good ones.
+            names the parameter, or epoch, batch and site; the weights are those of one of the last few steps whose loss
+            was finite.
         FailedElsewhere: when another process has failed, which says why.
 
     Example:
@@ -129,18 +134,22 @@ def fit(
     kept = processes.from_first(lambda: Checkpoint(checkpoint, settings, resume=resume))
     if kept.epochs > epochs:
         raise ValueError(f"{kept} has {kept.epochs} epochs behind it, more than epochs={epochs}. Raise epochs.")
-    with isolation.seeded(seed), warnings.catch_warnings(), processes.interrupted_together():
+    with (
+        isolation.seeded(seed),
+        precision.fast_and_exact(),
+        warnings.catch_warnings(),
+        processes.interrupted_together(),
+    ):
         warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # said below, with the site
-        trained = Trained(model, guide, objective, batches)
+        trained = Trained(model, guide, objective, batches, compile=compile)
         optimizer = torch.optim.Adam(trained.parameters.values(), lr=rate(0.0), eps=eps, fused=True)
         run = Run(trained, optimizer)
         trained.set_progress(kept.epochs / epochs)
         kept.restore(run, batches)
         history, start = run.history, kept.epochs
         began, limit = time.perf_counter() - history.seconds, inf if time_limit is None else time_limit
-        quiet = (
-            {} if progress and processes.is_first() else {"disable": True}
-        )  # else the environment's TQDM_DISABLE has the say
+        # Without a word here the environment's TQDM_DISABLE has the say.
+        quiet = {} if progress and processes.is_first() else {"disable": True}
         left = range(start, epochs) if history.stopped != "early stopping" else ()
         bar = tqdm(left, desc="fit", unit="epoch", initial=start, total=epochs, **quiet)
         sums = torch.zeros(3)
