@@ -5,6 +5,9 @@ are its gradient and the bound. For a plate over N data of which B are in the ba
 subsample_size=len(x))`, that is so of everything in the loss: a share scales its own data by N / len(x), and what all
 data have in common once. For a plate that is as long as the batch, what all data have in common would be counted by
 each process; `Partly` has each count as much of it as it has of the data.
+
+`DistributedDataParallel` is not used: it wraps a module, and a pair may be functions whose parameters are plain tensors
+in Pyro's store; it averages over processes, not over data; and it never sees a gradient from `torch.autograd.grad`.
 """
 
 from __future__ import annotations
@@ -105,7 +108,7 @@ def summed(differentiate: Callable[[], Sums], trained: parameters.Parameters, nu
     total[: sum(sizes)] /= terms[-1]
     for p, part, known in zip(leaves, parts, given.tolist(), strict=True):
         # A parameter without a gradient in all processes has none, as with one process.
-        p.grad = part.view_as(p).to(p) if known else None
+        p.grad = torch.empty_like(p).copy_(part.view_as(p)) if known else None
     loss, bound, count = terms.tolist()
     return loss, bound, count
 
