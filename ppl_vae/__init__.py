@@ -10,7 +10,7 @@ says what is believed, the right side does inference with whatever pair it is gi
     3  autoencoder  semi_supervised                              gaps  diagnostics
     4  storage
 
-       neither: isolation  data  files  plots  reporting
+       neither: isolation  data  files  plots  processes  reporting
        both: comparing  cli  and this file
 
 A room imports from rooms below it on its own side and from those of neither side.
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         plots,
         posteriors,
         priors,
+        processes,
         proposals,
         reporting,
         scoring,
@@ -165,6 +166,7 @@ __all__ = [
     "plots",
     "posteriors",
     "priors",
+    "processes",
     "proposals",
     "reporting",
     "sandwich",

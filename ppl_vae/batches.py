@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
-from ppl_vae import scoring
+from ppl_vae import processes, scoring
 
 Batch = tuple[Any, ...]
 
@@ -18,13 +18,18 @@ Batch = tuple[Any, ...]
 class Batches:
     """Data of any kind as batches: in random order when iterated, in their own order from `ordered`.
 
+    With several processes (see `processes`) iterating gives each its share of every batch: every n-th datum, or none
+    of a batch that is too short. The order is that of the first process. A `DataLoader` with a `DistributedSampler`
+    gives each process batches of its own, which together are one.
+
     Args:
         data: tensors with one row per datum, or one `Dataset`, or one `DataLoader`, which brings its own batches.
-        batch_size: of all but the last batch.
+        batch_size: of all but the last batch, in all processes together.
 
     Raises:
         TypeError: for data of another kind, or without a length.
-        ValueError: for no data, tensors of different lengths, or NaN in them.
+        ValueError: for no data, tensors of different lengths, or NaN in them; for a `DataLoader` that does not say
+            which data are in a batch, when there are several processes.
 
     Example:
         >>> [len(x) for x, y in Batches((torch.zeros(5, 2), torch.zeros(5)), batch_size=2)]
@@ -38,7 +43,14 @@ class Batches:
         if isinstance(getattr(self.source, "dataset", self.source), IterableDataset):
             raise TypeError("An IterableDataset has no length and no order; give a Dataset with both.")
         if isinstance(self.source, DataLoader):
-            self.num_data, self.size = len(self.source) * (self.source.batch_size or 1), self.source.batch_size or 1
+            if self.source.batch_sampler is None and processes.world_size() > 1:
+                raise ValueError(
+                    "A DataLoader with batch_size=None does not say which data are in a batch, so that several "
+                    "processes cannot share it. Give the DataLoader a batch_size, or pass its data set."
+                )
+            parts = processes.world_size() if _is_distributed(self.source) else 1
+            self.size = (self.source.batch_size or 1) * parts
+            self.num_data = len(self.source) * self.size
         elif isinstance(self.source, Dataset):
             self.num_data, self.size = len(self.source), batch_size  # type: ignore[arg-type]
         else:
@@ -51,24 +63,86 @@ class Batches:
         return len(self.source) if isinstance(self.source, DataLoader) else -(-self.num_data // self.size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._over(torch.randperm)
+        share = slice(processes.rank(), None, processes.world_size())
+        if isinstance(self.source, DataLoader):
+            yield from _shares(self.source, share)
+        # All the data in one batch keep their order: an autoguide has a parameter for each datum, in that order.
+        elif self.num_data > self.size:
+            order = processes.from_first(lambda: torch.randperm(self.num_data))
+            yield from (self._at(index[share]) for index in order.split(self.size))
+        else:
+            yield self._at(torch.arange(self.num_data)[share])
 
     def ordered(self) -> Iterator[Batch]:
-        return self._over(torch.arange)
-
-    def _over(self, order: Callable[[int], Tensor]) -> Iterator[Batch]:
+        """Whole batches, the same in every process unless a `DistributedSampler` deals them out."""
         if isinstance(self.source, DataLoader):
             yield from map(as_tuple, self.source)
-            return
-        # All the data in one batch keep their order: an autoguide has a parameter for each datum, in that order.
-        indices = order(self.num_data) if self.num_data > self.size else torch.arange(self.num_data)
-        for index in indices.split(self.size):
-            if isinstance(self.source, TensorDataset):
-                yield as_tuple(self.source[index])
-            elif self.source is not None:
-                yield as_tuple(torch.utils.data.default_collate([self.source[i] for i in index.tolist()]))
-            else:
-                yield scoring.rows(self.data, index)
+        else:
+            yield from (self._at(index) for index in torch.arange(self.num_data).split(self.size))
+
+    def dealt(self) -> Iterator[tuple[int, Batch]]:
+        """Whole batches with numbers below `len × world_size`, every one of them in one process and no other."""
+        first, step = processes.rank(), processes.world_size()
+        if isinstance(self.source, DataLoader) and step > 1:
+            batches = (
+                self.source if _is_distributed(self.source) else _loader(self.source, _plan(self.source)[first::step])
+            )
+            yield from ((first + step * number, as_tuple(batch)) for number, batch in enumerate(batches))
+        elif isinstance(self.source, DataLoader):
+            yield from enumerate(self.ordered())
+        else:
+            indices = torch.arange(self.num_data).split(self.size)
+            yield from ((number, self._at(indices[number])) for number in range(first, len(indices), step))
+
+    def _at(self, index: Tensor) -> Batch:
+        if self.source is None:
+            return scoring.rows(self.data, index)
+        if isinstance(self.source, TensorDataset):
+            return as_tuple(self.source[index])
+        if len(index) == 0:
+            return scoring.rows(self._at(torch.tensor([0])), slice(0))
+        return as_tuple(torch.utils.data.default_collate([self.source[i] for i in index.tolist()]))
+
+
+def _is_distributed(loader: DataLoader[Any]) -> bool:
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    return processes.world_size() > 1 and isinstance(sampler, DistributedSampler)
+
+
+def _shares(loader: DataLoader[Any], share: slice) -> Iterator[Batch]:
+    """The batches of one epoch, of which this process has a share."""
+    if processes.world_size() == 1:
+        yield from map(as_tuple, loader)
+    elif _is_distributed(loader):
+        # Without this, which is easily forgotten, every epoch has the same order.
+        loader.batch_sampler.sampler.set_epoch(processes.from_first(lambda: int(torch.randint(2**31, ()))))  # type: ignore[union-attr]
+        yield from map(as_tuple, loader)
+    else:
+        plan = _plan(loader)
+        # A batch of nothing cannot be loaded: of one datum, then, none of whose rows are taken.
+        loaded = _loader(loader, [batch[share] or batch[:1] for batch in plan])
+        for batch, rows in zip(plan, map(as_tuple, loaded), strict=True):
+            yield rows if batch[share] else scoring.rows(rows, slice(0))
+
+
+def _plan(loader: DataLoader[Any]) -> list[list[int]]:
+    """Which data are in which batch, as the sampler of the first process has it."""
+    return processes.from_first(lambda: [list(batch) for batch in loader.batch_sampler or ()])
+
+
+def _loader(loader: DataLoader[Any], plan: list[list[int]]) -> DataLoader[Any]:
+    """A `DataLoader` with other batches, and all else the same."""
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=plan,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+    )
 
 
 def as_tuple(batch: Any) -> Batch:

@@ -9,7 +9,7 @@ import pyro
 from pyro import poutine
 from torch import Tensor, nn
 
-from ppl_vae import isolation, scoring
+from ppl_vae import isolation, processes, scoring
 from ppl_vae.scoring import Program
 
 Parameters = dict[str, Tensor]
@@ -138,7 +138,7 @@ def check_gradients(parameters: Parameters, gradients: Parameters, objective: ob
             f"No parameter received a gradient from {type(objective).__name__} in the first step: {without}. Is the "
             "loss computed without them, or under torch.no_grad()?"
         )
-    if without:
+    if without and processes.is_first():
         warnings.warn(
             f"These parameters received no gradient in the first step and will not be trained: {', '.join(without)}.",
             stacklevel=3,

@@ -95,6 +95,21 @@ def with_another_plate_name(lg: LinearGaussian, q: Q) -> tuple[Any, Any]:
     return model, guide
 
 
+def with_plate_without_size(lg: LinearGaussian, q: Q) -> tuple[Any, Any]:
+    """A plate that is not told how many data there are, as in examples of Pyro."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data"):
+            z = pyro.sample("z", prior(lg).expand([len(x)]))
+            pyro.sample("x", conditional(lg, z).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data"):
+            pyro.sample("z", q(x))
+
+    return model, guide
+
+
 def with_subsampled_plate(lg: LinearGaussian, q: Q) -> tuple[Any, Any]:
     def model(x: Tensor) -> None:
         with pyro.plate("data", 10 * len(x), subsample_size=len(x)):
@@ -190,6 +205,7 @@ FORMS: dict[str, Callable[[LinearGaussian, Q], tuple[Any, Any]]] = {
         as_bound_methods,
         as_functions,
         with_another_plate_name,
+        with_plate_without_size,
         with_subsampled_plate,
         with_pixel_plate,
         with_outer_pixel_plate,

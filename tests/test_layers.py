@@ -27,7 +27,7 @@ INFERENCE = [
     ["gaps", "diagnostics"],
     [],
 ]
-NEITHER = [["isolation", "data", "files", "plots"], ["reporting"]]
+NEITHER = [["isolation", "data", "files", "plots", "processes"], ["reporting"]]
 BOTH = [["comparing"], ["cli"], ["__init__"]]
 
 PLACE = {

@@ -379,6 +379,17 @@ def subsampled_pixels_guide(x: Tensor) -> None:
         pyro.sample("z", z_prior().expand([1]))
 
 
+def one_latent_for_all(x: Tensor) -> None:
+    with pyro.plate("data"):
+        z = pyro.sample("z", z_prior())
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+
+def one_latent_for_all_guide(x: Tensor) -> None:
+    with pyro.plate("data"):
+        pyro.sample("z", z_prior())
+
+
 def picks_its_own_data(x: Tensor) -> None:
     with pyro.plate("data", len(x), subsample_size=2) as index:
         z = pyro.sample("z", z_prior())
@@ -466,6 +477,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "missing to_event": (missing_to_event, missing_to_event_guide, r"Site 'z' of the model .* no plate declares"),
     "sequential plate": (sequential_model, sequential_guide, "is in the sequential plate 'data'"),
     "part of a datum": (subsampled_pixels, subsampled_pixels_guide, "plate 'pixels', of whose 5 elements only 2"),
+    "one latent for all": (one_latent_for_all, one_latent_for_all_guide, r"shape \(\), not one for each of the 5 data"),
     "picks its own data": (picks_its_own_data, picks_its_own_data_guide, "No plate of the model is over the 5 data"),
     "guide observes": (ok_model, observing_guide, "The guide observes 'x'"),
     "guide with a factor": (ok_model, guide_with_factor, "The guide observes 'bonus'"),

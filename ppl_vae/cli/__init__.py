@@ -5,7 +5,9 @@ What is slow to import (torch above all) is imported inside the commands, so tha
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,11 +41,30 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder written
 def main() -> None:
     """Runs the command line; what the library refuses becomes one sentence and exit code 2."""
     try:
-        app()
+        with _joined():
+            app()
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         said = str(error).split("\nTrace Shapes")[0]  # which Pyro adds for those who know the program
         typer.echo(f"ppl-vae: {' '.join(said.split())}", err=True)
         sys.exit(2)
+
+
+def _joined() -> AbstractContextManager[None]:
+    """The processes that `torchrun` has started, as one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return nullcontext()
+    from ppl_vae import processes
+
+    return processes.joined()
+
+
+@app.callback()
+def one_process_or_many(context: typer.Context) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ and context.invoked_subcommand not in ("train", "evaluate"):
+        raise ValueError(
+            f"Several processes can share train and evaluate; {context.invoked_subcommand} is done by one. Start it "
+            "without torchrun."
+        )
 
 
 @app.command()
@@ -96,6 +117,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
 ) -> None:
     """Train a VAE and keep it, with its history and pictures, in a run folder."""
+    from ppl_vae import processes
     from ppl_vae.cli import pictures, runs
 
     configuration = runs.Configuration(
@@ -115,14 +137,15 @@ def train(
         seed=seed,
     )
     out = out or Path("runs", Path(configuration.data).stem)
-    with runs.new_folder(out, overwrite=overwrite) as folder:
+    with runs.new_folder(out, overwrite=overwrite) if processes.is_first() else nullcontext() as folder:
         run = runs.train(configuration, download=download)
-        runs.write(run, folder)
-        pictures.draw({"loss": pictures.loss(run)}, folder)
-        try:
-            pictures.draw(pictures.of_model(run), folder)
-        except ValueError as error:  # data that are no pictures; what was learned is kept
-            typer.echo(f"Without pictures of the images: {error}", err=True)
+        if folder is not None:
+            runs.write(run, folder)
+            pictures.draw({"loss": pictures.loss(run)}, folder)
+            try:
+                pictures.draw(pictures.of_model(run), folder)
+            except ValueError as error:  # data that are no pictures; what was learned is kept
+                typer.echo(f"Without pictures of the images: {error}", err=True)
     typer.echo(f"{run.data}\n{run.history}\nThe run is in {out}. Next: ppl-vae evaluate {out}")
     if run.history.stopped == "interrupted":
         raise typer.Exit(130)

@@ -14,7 +14,7 @@ import typer
 from torch import Tensor
 
 import ppl_vae as pv
-from ppl_vae import files, plots
+from ppl_vae import files, plots, processes
 from ppl_vae.cli import pictures, runs
 from ppl_vae.diagnostics import Diagnostics
 from ppl_vae.evidence import AnnealedEvidence, Bounds, Evidence, Exact, Kind
@@ -301,7 +301,12 @@ def _as_json(value: Any) -> Any:
 
 
 def _write(folder: Path, results: dict[str, Any], per_datum: dict[str, Tensor], figures: dict[str, Picture]) -> None:
-    """Writes means, what is known per datum, and pictures, in the place of those of an earlier evaluation."""
+    """Writes means, what is known per datum, and pictures, in the place of those of an earlier evaluation.
+
+    Only the first of several processes does.
+    """
+    if not processes.is_first():
+        return
     files.write_tensors(folder / "evidence.safetensors", per_datum)
     files.write_json(folder / "evidence.json", _as_json(results))
     for name in {"pareto_k", "kl_per_dimension", "ladder"} - figures.keys():

@@ -90,6 +90,8 @@ def widths(text: str) -> list[int] | None:
 def train(configuration: Configuration, *, download: bool = False) -> Run:
     """Loads the data, builds the VAE and fits it. Interrupted before the first step, there is no run."""
     c = configuration
+    if download and pv.processes.world_size() > 1:  # the first process alone downloads, and the others find it there
+        pv.processes.from_first(lambda: pv.data.load(c.data, root=c.root, download=True).name)
     grey = pv.data.load(c.data, root=c.root, download=download)
     data = BINARIZATIONS[c.binarization](grey, c.seed)
     if c.likelihood == "bernoulli" and data.levels not in (None, 2):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import scoring
-from ppl_vae.evidence.blocks import Block, at_least_one, blocks, looked_at, root_seed, start_from
+from ppl_vae.evidence.blocks import Block, at_least_one, blocks, gathered, looked_at, root_seed, start_from
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import COLUMNS, WeightStream
 from ppl_vae.proposals import Density, Guide, Proposal, checked
@@ -270,7 +270,8 @@ def annealed_importance_sampling(
 
     Costs `num_chains × num_temperatures × num_leapfrog` gradients of the model for each datum, and half of that again
     for the pilot. Nothing of the pair is changed, and the draws of a datum depend on the seed and on its place among
-    the data alone.
+    the data alone. Of several processes (see `processes`) each scores a part of the data and gets all results, which
+    are those of one process to the last bit.
 
     Args:
         model: p(x, z), a Pyro program whose sites all lie in one plate over the data. Latents are continuous, or
@@ -310,21 +311,22 @@ def annealed_importance_sampling(
     scoring.check_data(*args)
     root = root_seed(seed)
     with looked_at(model, guide, *args) as pair:
-        parts = []
-        for block in work.blocks(pair, args):
+
+        def compute(block: Block) -> Tensor:
             path, schedule = work.prepared(pair, block, root)
             start_from(root, block.start, 2)
             log_w, first, acceptance = path.forward(schedule, work.num_chains)
-            parts.append((*work.columns(log_w, first, block), acceptance, schedule.resolved))
+            return torch.stack([*work.columns(log_w, first, block), acceptance, schedule.resolved.double()])
+
+        *columns, acceptance, resolved = gathered(len(COLUMNS) + 2, args, work.blocks(pair, args), compute)
         strategy = pair.strategy.__name__
-    *columns, acceptance, resolved = (torch.cat(column) for column in zip(*parts, strict=True))
     return AnnealedEvidence(
         **dict(zip(COLUMNS, columns, strict=True)),
         num_samples=work.num_chains,
         method=f"Annealed importance sampling from {proposal}, {work.temperatures}",
         strategy=strategy,
         acceptance=acceptance,
-        resolved=resolved,
+        resolved=resolved.bool(),
         num_temperatures=work.num_temperatures,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from torch import Tensor
 
-from ppl_vae import isolation, scoring
+from ppl_vae import isolation, processes, scoring
 from ppl_vae.scoring import Pair, Program
 
 
@@ -60,9 +61,25 @@ def blocks(pair: Pair, args: tuple[Any, ...], size: int) -> Iterator[Block]:
         yield Block(start, scoring.rows(args, slice(start, start + size)), int(min(size, pair.layout.most_rows)))
 
 
+def gathered(
+    num_columns: int, args: tuple[Any, ...], parts: Iterator[Block], compute: Callable[[Block], Tensor]
+) -> Tensor:
+    """What is computed of every block, `(num_columns, its data)`, as float64 `(num_columns, all data)`.
+
+    Of several processes each computes every n-th block, and all get all: nothing is padded, and only one process adds
+    to a column, so that the result is that of one process to the last bit.
+    """
+    # Made beforehand: small results kept between large temporaries would hold on to the memory of those.
+    with processes.summing(num_columns, len(args[0]), device=args[0].device) as total:
+        for number, block in enumerate(parts):
+            if number % processes.world_size() == processes.rank():
+                total[:, block.start : block.start + len(block.args[0])] = compute(block)
+    return total
+
+
 def root_seed(seed: int | None) -> int:
     """Any integer as one of 64 bits; None takes one from the global random state."""
-    return (int(torch.randint(2**62, ())) if seed is None else seed) % 2**64
+    return (processes.from_first(lambda: int(torch.randint(2**62, ()))) if seed is None else seed) % 2**64
 
 
 def seed_of(root: int, *what: int) -> int:

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence.annealing import Work, annealed_importance_sampling
-from ppl_vae.evidence.blocks import at_least_one, looked_at, root_seed, seed_of, start_from, untouched
+from ppl_vae.evidence.blocks import (
+    Block,
+    at_least_one,
+    gathered,
+    looked_at,
+    root_seed,
+    seed_of,
+    start_from,
+    untouched,
+)
 from ppl_vae.evidence.importance import importance_sampling
 from ppl_vae.evidence.modes import ModeCheck, mode_check
 from ppl_vae.evidence.record import Evidence
@@ -226,8 +235,8 @@ def sandwich(
         start_from(root, 2**32 - 1, 0)  # where no block begins
         args, latents = simulate(model, args, num_data)
     with looked_at(model, guide, *args) as pair:
-        parts = []
-        for block in work.blocks(pair, args):
+
+        def compute(block: Block) -> Tensor:
             path, schedule = work.prepared(pair, block, root)
             start_from(root, block.start, 2)
             forward, first, _ = path.forward(schedule, work.num_chains)
@@ -235,8 +244,9 @@ def sandwich(
             start_from(root, block.start, 3)
             reverse = path.backward(schedule, path.target.from_trace(latents, block.start))
             together = torch.cat([reverse, forward[1:]])
-            parts.append((columns[0], columns[1], reverse[0], together.logsumexp(0) - log(len(together))))
-    lower, lower_error, reverse, upper = (torch.cat(column) for column in zip(*parts, strict=True))
+            return torch.stack([columns[0], columns[1], reverse[0], together.logsumexp(0) - log(len(together))])
+
+        lower, lower_error, reverse, upper = gathered(4, args, work.blocks(pair, args), compute)
     unknown = torch.full_like(upper, nan)
     return Bounds(
         lower=lower,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ppl_vae import scoring
-from ppl_vae.evidence.blocks import Block, at_least_one, blocks, looked_at, root_seed, start_from
+from ppl_vae.evidence.blocks import Block, at_least_one, blocks, gathered, looked_at, root_seed, start_from
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import COLUMNS, WeightStream
 from ppl_vae.proposals import Guide, Proposal, checked
@@ -49,6 +49,10 @@ def importance_sampling(
     state and Pyro's parameter store are restored. The draws of a datum depend on the seed and on its place among the
     data, and on nothing else: not on the data beside it, nor on `max_rows`. (Where torch draws by rejection, as from a
     Gamma, they depend on those data too.)
+
+    Of several processes (see `processes`) each scores a part of the data and gets all results, which do not depend on
+    how many there are: to rounding, or to the last bit when `max_rows` is given, because otherwise timing decides how
+    sums are cut.
 
     Args:
         model: p(x, z), a Pyro program whose sites all lie in one plate over the data: a module, a bound method or a
@@ -86,14 +90,15 @@ def importance_sampling(
     """
     num_samples = at_least_one("num_samples", num_samples)
     pace, proposal = _Pace(max_rows), checked(proposal)
-    num_data = scoring.check_data(*args)
+    scoring.check_data(*args)
     root = root_seed(seed)
-    # Made beforehand: small results kept between large temporaries would hold on to the memory of those.
-    columns = torch.empty(len(COLUMNS), num_data, dtype=torch.float64, device=args[0].device)
     with looked_at(model, guide, *args) as pair:
-        for block in blocks(pair, args, max(16, min(MOST_DATA, BLOCK_ROWS // num_samples))):
-            found = _block(pair, proposal, block, num_samples, root, pace)
-            columns[:, block.start : block.start + len(block.args[0])] = torch.stack(found)
+        columns = gathered(
+            len(COLUMNS),
+            args,
+            blocks(pair, args, max(16, min(MOST_DATA, BLOCK_ROWS // num_samples))),
+            lambda block: torch.stack(_block(pair, proposal, block, num_samples, root, pace)),
+        )
         strategy = pair.strategy.__name__
     return Evidence(
         **dict(zip(COLUMNS, columns, strict=True)),

@@ -12,6 +12,8 @@ import torch
 from ppl_vae.scoring.running import Sites
 from ppl_vae.scoring.supports import without_validation
 
+NOT_TOLD = -1  # the size of `pyro.plate("data")` in Pyro's frames
+
 
 def matching_latents(model: Sites, guide: Sites) -> list[str]:
     """Names of the latents, after checking that the guide has a density for each of them and for nothing else."""
@@ -62,9 +64,9 @@ def matching_latents(model: Sites, guide: Sites) -> list[str]:
 
 
 def data_plates(sites: Sites, num_data: int) -> dict[str, int]:
-    """Name and dimension of the plates that are as long as the data and around most sites."""
+    """Name and dimension of the plates around most sites that are as long as the data or not told how long they are."""
     stacks = [site["cond_indep_stack"] for site in sites.values()]
-    candidates = [f for stack in stacks for f in stack if f.vectorized and f.size == num_data]
+    candidates = [f for stack in stacks for f in stack if f.vectorized and f.size in (num_data, NOT_TOLD)]
     around = {f.name: sum(f in stack for stack in stacks) for f in candidates}
     return {f.name: f.dim for f in candidates if around[f.name] == max(around.values())}
 
@@ -98,7 +100,7 @@ def check_site(who: str, site: Any, plate: str, dim: int, num_data: int) -> None
             "data share has no weight per datum, and log p(x) of one datum is not defined: move the site into the "
             "plate, or make it a parameter."
         )
-    if frames[plate].size != num_data or frames[plate].dim != dim:
+    if frames[plate].size not in (num_data, NOT_TOLD) or frames[plate].dim != dim:
         raise ValueError(
             f"{who} has the plate '{plate}' of size {frames[plate].size} at dimension {frames[plate].dim}, where "
             f"the {num_data} data lie at dimension {dim}. Both programs take the batch whole: "
@@ -121,6 +123,11 @@ def check_site(who: str, site: Any, plate: str, dim: int, num_data: int) -> None
     if not site["is_observed"]:
         without_validation(site["fn"])  # The guide may reach beyond the prior's support: the weight is 0 there.
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    if frames[plate].size == NOT_TOLD and (log_prob.dim() < -dim or log_prob.shape[dim] != num_data):
+        raise ValueError(
+            f"{who} has log-probabilities of shape {tuple(log_prob.shape)}, not one for each of the {num_data} data. A "
+            f'plate without a size does not repeat what it holds: give it one, `pyro.plate("{plate}", len(x))`.'
+        )
     declared = {frame.dim for frame in frames.values()}
     for axis in range(-log_prob.dim(), 0):
         if log_prob.shape[axis] > 1 and axis not in declared:

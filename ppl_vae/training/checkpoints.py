@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae import files
+from ppl_vae import files, processes
 from ppl_vae.batches import Batches
 from ppl_vae.training.history import History
 from ppl_vae.training.steps import Trained
@@ -75,7 +75,7 @@ class Run:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
         self.best = kept["best"]
         self.trained.last_good = self.trained.copy()
-        for device, state in kept["random state"].items():
+        for device, state in kept["random state"].items() if processes.is_first() else ():
             torch.set_rng_state(state) if device == "cpu" else torch.cuda.set_rng_state(state, device)
 
 
@@ -119,8 +119,11 @@ class Checkpoint:
         return f"The checkpoint {self.path}"
 
     def keep(self, run: Run) -> None:
-        """Copies the run as it is after an epoch, and writes the copy unless another was written just now."""
-        if self.path is None:
+        """Copies the run as it is after an epoch, and writes the copy unless another was written just now.
+
+        Only the first of several processes does. The random numbers of the others start anew in each epoch.
+        """
+        if self.path is None or not processes.is_first():
             return
         record = {
             "settings": self.settings,

@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from tqdm.auto import tqdm
 
-from ppl_vae import isolation, parameters
+from ppl_vae import isolation, parameters, processes
 from ppl_vae.batches import Batches, as_tuple
 from ppl_vae.objectives import Objective
 from ppl_vae.scoring import Program
@@ -116,10 +117,10 @@ def fit(
         "patience": patience,
         "seed": seed,
     }
-    kept = Checkpoint(checkpoint, settings, resume=resume)
+    kept = processes.from_first(lambda: Checkpoint(checkpoint, settings, resume=resume))
     if kept.epochs > epochs:
         raise ValueError(f"{kept} has {kept.epochs} epochs behind it, more than epochs={epochs}. Raise epochs.")
-    with isolation.seeded(seed), warnings.catch_warnings():
+    with isolation.seeded(seed), warnings.catch_warnings(), processes.interrupted_together():
         warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # said below, with the site
         trained = Trained(model, guide, objective, batches)
         optimizer = torch.optim.Adam(trained.parameters.values(), lr=rate(0.0), eps=eps, fused=True)
@@ -127,16 +128,19 @@ def fit(
         trained.set_progress(kept.epochs / epochs)
         kept.restore(run, batches)
         history, start = run.history, kept.epochs
-        began = time.perf_counter() - history.seconds
-        quiet = {} if progress else {"disable": True}  # else the environment's TQDM_DISABLE has the say
+        began, limit = time.perf_counter() - history.seconds, inf if time_limit is None else time_limit
+        quiet = (
+            {} if progress and processes.is_first() else {"disable": True}
+        )  # else the environment's TQDM_DISABLE has the say
         left = range(start, epochs) if history.stopped != "early stopping" else ()
         bar = tqdm(left, desc="fit", unit="epoch", initial=start, total=epochs, **quiet)
-        total, count = torch.zeros(2), 0
+        sums = torch.zeros(3)
         try:
             for epoch in bar:
-                if time_limit is not None and epoch > 0 and time.perf_counter() - began >= time_limit:
+                if epoch > 0 and processes.from_first(lambda: time.perf_counter() - began >= limit):
                     history.stopped = "time limit"
                     break
+                processes.part_ways()
                 # Pyro's validation finds data outside a likelihood's support; once over the data is enough.
                 with pyro.validation_enabled(epoch == start):
                     for index, batch in enumerate(batches):
@@ -144,10 +148,10 @@ def fit(
                         trained.set_progress(share)
                         for group in optimizer.param_groups:
                             group["lr"] = rate(share)
-                        terms = trained.step(optimizer, batch, clip_norm, f"epoch {epoch + 1}, batch {index + 1}")
-                        total, count = total + terms * len(batch[0]), count + len(batch[0])
-                history.add(*(total / count).tolist())
-                total, count = torch.zeros(2), 0
+                        sums = sums + trained.step(optimizer, batch, clip_norm, f"epoch {epoch + 1}, batch {index + 1}")
+                history.add(*(sums[:2] / sums[2]).tolist())
+                sums = torch.zeros(3)
+                trained.synchronise_buffers()
                 parameters.check_store(trained.stored)
                 shown = {"loss": f"{history.loss[-1]:.3f}"}
                 if held_out is not None:
@@ -164,8 +168,9 @@ def fit(
                 trained.restore(run.best)
         except KeyboardInterrupt:
             history.stopped = "interrupted"
-            if count:
-                history.add(*(total / count).tolist())
+            trained.synchronise_buffers()
+            if sums[2]:
+                history.add(*(sums[:2] / sums[2]).tolist())
         finally:
             bar.close()
             optimizer.zero_grad()

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ppl_vae import isolation, parameters, scoring
+from ppl_vae import isolation, parameters, processes, scoring
 from ppl_vae.batches import Batch, Batches
 from ppl_vae.objectives import Objective
 from ppl_vae.scoring import Program
-
-RECORDED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
+from ppl_vae.training import sharing
+from ppl_vae.training.sharing import RECORDED
 
 
 class Trained:
@@ -34,19 +34,32 @@ class Trained:
         _check_arguments(model, batch)
         self.parameters, self.called, sites = parameters.find(model, guide, batch)
         self.stored = set(pyro.get_param_store().keys())
+        sharing.synchronise(self.parameters | self.buffers() | self.frozen())
         self.last_good = self.copy()
         # With plate(N, subsample_size=B) the loss of a batch is an estimate for all N data.
         names = scoring.data_plates(sites, len(batch[0]))
         frames = {f for site in sites.values() for f in site["cond_indep_stack"] if f.name in names}
         self.num_data = max((f.full_size for f in frames if f.full_size not in (None, f.size)), default=None)
-        if isinstance(guide, (AutoGuide, GuideMessenger)) and len(batches) > 1 and self.num_data is None:
+        parts = len(batches) * processes.world_size()
+        if isinstance(guide, (AutoGuide, GuideMessenger)) and parts > 1 and self.num_data is None:
             inside = [n for n, s in sites.items() if not s["is_observed"] and frames & set(s["cond_indep_stack"])]
             if inside:
                 raise ValueError(
                     f"{type(guide).__name__} has a parameter of '{inside[0]}' for each datum of a batch, and there are "
-                    f"{len(batches)} batches. Train on all the data at once, with batch_size=len(x), or write a guide "
-                    "with an encoder."
+                    f"{parts} batches, or shares of them. Train on all the data at once, with batch_size=len(x) and in "
+                    "one process, or write a guide with an encoder."
                 )
+        shared = [n for n, s in sites.items() if not s["is_observed"] and frames.isdisjoint(s["cond_indep_stack"])]
+        if frames and shared and len(batches) > 1 and self.num_data is None:
+            raise ValueError(
+                f"All data share the latent '{shared[0]}', and each of {len(batches)} batches would count its prior in "
+                "full. Train on all the data at once, with batch_size=len(x), or say how many there are: "
+                f'`pyro.plate("{next(iter(names))}", N, subsample_size=len(x))`.'
+            )
+        self.plates = set(names)
+        self.has_globals = any(not frames & set(site["cond_indep_stack"]) for site in sites.values())
+        if processes.world_size() > 1:
+            sharing.check(model, guide, objective, batch, self.plates)
         self.recorded_size = len(batch[0]) if isinstance(objective, RECORDED) else None
 
     def set_progress(self, share: float) -> None:
@@ -64,19 +77,54 @@ class Trained:
         return loss / (self.num_data or len(batch[0]))
 
     def step(self, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None, where: str) -> Tensor:
-        """One step of the optimiser on one batch: the loss and the bound per datum before it."""
+        """One step of the optimiser on one batch: the loss and the bound per datum before it, and 1, each times the
+        number of data.
+
+        Of several processes each has a share of the batch, and all do the step of one process on the whole batch.
+        """
         state = torch.get_rng_state()
         optimizer.zero_grad()
+        counted_once = self._counted_once(batch)
+
+        def differentiate() -> Tensor:
+            try:
+                with counted_once:
+                    loss, bound = self._backward(batch)
+            except ValueError as error:
+                # With validation on, NaN parameters are refused by the distributions before a loss comes of them.
+                self._raise_if_not_finite(batch, state, where)
+                raise ValueError(f"In {where}: {_said(error)}") from error
+            if processes.world_size() > 1:  # said where it happens; its sum with others is not finite either
+                self._finite_norm(loss, batch, state, where)
+            return torch.tensor([loss, bound, 1.0], dtype=torch.float64) * len(batch[0])
+
         try:
-            loss, bound = self._backward(batch)
-        except ValueError as error:
-            # With validation on, NaN parameters are refused by the distributions before a loss comes of them.
-            self._raise_if_not_finite(batch, state, where)
-            raise ValueError(f"In {where}: {_said(error)}") from error
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+            terms = sharing.summed(differentiate, self.parameters, len(batch[0]))
+        except processes.FailedElsewhere:
+            self.restore(self.last_good)
+            raise
         if self.first:
-            parameters.check_gradients(self.parameters, gradients, self.objective)
+            parameters.check_gradients(self.parameters, self._gradients(), self.objective)
             self.first = False
+        norm = self._finite_norm(float(terms[0]), batch, state, where)
+        if clip_norm is not None:
+            clip_grads_with_norm_(self.parameters.values(), clip_norm, norm)
+        self._keep()
+        optimizer.step()
+        return terms
+
+    def _counted_once(self, batch: Batch) -> AbstractContextManager[Any]:
+        """What all data have in common counts once in all processes; with a subsampled plate it does so anyway."""
+        if self.has_globals and self.num_data is None:
+            return sharing.counted_once(self.plates, len(batch[0]))
+        return nullcontext()
+
+    def _gradients(self) -> parameters.Parameters:
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
+    def _finite_norm(self, loss: float, batch: Batch, state: Tensor, where: str) -> Tensor:
+        """The norm of the gradient; when it or the loss is not finite, back to the last good weights and an error."""
+        gradients = self._gradients()
         norm = get_total_norm(gradients.values())
         if not (isfinite(loss) and norm.isfinite()):
             self._raise_if_not_finite(batch, state, where)
@@ -84,11 +132,7 @@ class Trained:
             bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             what = f"The gradient of {bad[0]}" if isfinite(loss) and bad else "The loss"
             raise RuntimeError(f"{what} is no longer finite in {where}. {_REMEDY}")
-        if clip_norm is not None:
-            clip_grads_with_norm_(self.parameters.values(), clip_norm, norm)
-        self._keep()
-        optimizer.step()
-        return torch.tensor([loss, bound], dtype=torch.float64)
+        return norm
 
     def warm_up(self, batches: Batches) -> None:
         """Lets the objective do what it does in its first step only, such as counting plates or recording the pair.
@@ -132,14 +176,18 @@ class Trained:
 
     def evaluate(self, batches: Batches) -> float:
         """Minus the bound per datum over all batches, with the same random numbers every time."""
-        total, count = 0.0, 0
-        with isolation.evaluation(self.model, self.guide, seed=0):
-            for batch in batches.ordered():
+        with (
+            isolation.evaluation(self.model, self.guide, seed=0),
+            processes.summing(2, len(batches) * processes.world_size()) as sums,
+        ):
+            for number, batch in batches.dealt():
+                torch.manual_seed(number)  # so that it does not matter who evaluates the batches before
                 try:
                     loss = self._minus_bound(batch)
                 except ValueError as error:
                     raise ValueError(f"In the validation data: {_said(error)}") from error
-                total, count = total + loss * len(batch[0]), count + len(batch[0])
+                sums[:, number] = torch.tensor([loss, 1.0], dtype=torch.float64) * len(batch[0])
+        total, count = sums.sum(1).tolist()
         return total / count
 
     def _minus_bound(self, batch: Batch) -> float:
@@ -174,6 +222,11 @@ class Trained:
         with torch.no_grad():
             for name, tensor in (self.parameters | self.buffers()).items():
                 tensor.copy_(values[name])
+
+    def synchronise_buffers(self) -> None:
+        """Gives every process the buffers of the first, such as the statistics of a BatchNorm."""
+        if buffers := self.buffers():
+            sharing.synchronise(buffers)
 
     def _keep(self) -> None:
         """Makes the state before a step the last good one: parameters into the same memory, which is faster."""

@@ -1,0 +1,139 @@
+"""A function over a pair, run as one compiled graph; as it is, with a reason, where that cannot be."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_vae.compiling.recording import NotCompiled, Outputs, Recording, recorded
+
+# A graph costs seconds, an eager run milliseconds: only shapes that keep coming are worth one.
+PATIENCE = 100
+MOST_SHAPES = 8
+# Compiled and eager differ by the order in which numbers are added; anything else would be another function.
+TOLERANCE = 1e-3
+
+# Programs by the text of their graph, the newest last: what is compiled depends on what was recorded and on nothing
+# else, so that a program that was edited is another one, whatever it is called.
+_PROGRAMS: OrderedDict[str, Callable[..., Outputs]] = OrderedDict()
+MOST_PROGRAMS = 64
+
+
+class Compiled:
+    """`function(*tensors)`, compiled for the shapes that come first, and for others that keep coming.
+
+    The first run of a shape records the function under Pyro's handlers to one graph, compiles it, runs the graph with
+    the same random numbers, and compares the two. Parameters and buffers are inputs of the graph, by identity: it sees
+    what becomes of them, and names in state dicts stay as they are. Random numbers are torch's own, those of an eager
+    run with the same seed.
+
+    Where this cannot be (the function reads values, changes buffers, is not the same in every run, or there is no
+    compiler), `eager` runs instead, with one warning that names the cause.
+
+    Args:
+        function: from tensors to tensors; what else it uses, it reaches by itself. Gradients are part of it: the graph
+            runs without them.
+        what: it is, for the warning: "the training step".
+        eager: takes its place; the function itself by default.
+
+    Attributes:
+        cause: why it is not compiled, or None.
+
+    Example:
+        >>> weight = torch.tensor([2.0, 3.0])
+        >>> double = Compiled(lambda x: (x * weight,), what="the product")
+        >>> double(torch.ones(2))[0]                                # doctest: +SKIP
+        tensor([2., 3.])
+    """
+
+    def __init__(
+        self, function: Callable[..., Outputs], *, what: str, eager: Callable[..., Outputs] | None = None
+    ) -> None:
+        self.function, self.what, self.eager = function, what, eager or function
+        self.cause: str | None = None
+        self._runs: dict[Any, Callable[..., Outputs]] = {}
+        self._seen: Counter[Any] = Counter()
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        if self.cause is not None:
+            return self.eager(*inputs)
+        kind = (torch.get_num_threads(), *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
+        if kind in self._runs:
+            with torch.no_grad():
+                return self._runs[kind](*inputs)
+        self._seen[kind] += 1
+        if self._runs and self._seen[kind] < PATIENCE:
+            if len(self._seen) > MOST_SHAPES:
+                self._give_up(f"its arguments come in more than {MOST_SHAPES} shapes")
+            return self.eager(*inputs)
+        try:
+            self._runs[kind] = self._compiled(inputs)
+        except NotCompiled as reason:
+            self._give_up(str(reason))
+        return self(*inputs)
+
+    def _give_up(self, cause: str) -> None:
+        self.cause = cause
+        warnings.warn(
+            f"{self.what[0].upper()}{self.what[1:]} is not compiled, because {cause}. It runs eagerly, to the same "
+            "results; leave out compile=True, or change that.",
+            stacklevel=4,
+        )
+
+    def _compiled(self, inputs: tuple[Tensor, ...]) -> Callable[..., Outputs]:
+        try:
+            recording = recorded(self.function, inputs)
+        except NotCompiled:
+            raise
+        except Exception as error:  # what a program may raise when it is recorded has no common type
+            raise NotCompiled(f"recording it failed: {_first_line(error)}") from error
+        program = _program(recording, inputs)
+        lifted = recording.lifted
+
+        def run(*inputs: Tensor) -> Outputs:
+            return program(*inputs, *lifted)
+
+        devices = list({x.device for x in inputs if x.is_cuda})
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            found = run(*inputs)
+        for one, other in zip(found, recording.outputs, strict=True):
+            if not _close(one, other):
+                raise NotCompiled(
+                    "the graph gives other numbers than the program, as when random numbers are set back inside of it"
+                )
+        return run
+
+
+def _program(recording: Recording, inputs: tuple[Tensor, ...]) -> Callable[..., Outputs]:
+    threads = torch.get_num_threads()
+    key = f"{threads} {recording.text}"
+    if key not in _PROGRAMS:
+        # Random numbers as eager torch draws them; as many threads as torch has, not as the machine.
+        options: dict[str, Any] = {"fallback_random": True, "cpp.threads": threads}
+        if inputs[0].is_cuda:
+            options["triton.cudagraphs"] = True
+        program = torch.compile(recording.graph, fullgraph=True, dynamic=False, options=options)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=list({x.device for x in inputs if x.is_cuda})):
+                program(*inputs, *recording.lifted)
+        except Exception as error:  # the compiler's own, of many types
+            raise NotCompiled(f"the compiler refused it: {_first_line(error)}") from error
+        _PROGRAMS[key] = program
+        if len(_PROGRAMS) > MOST_PROGRAMS:
+            _PROGRAMS.popitem(last=False)
+    _PROGRAMS.move_to_end(key)
+    return _PROGRAMS[key]
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    one, other = one.double().nan_to_num(), other.double().nan_to_num()
+    return bool((one - other).norm() <= TOLERANCE * (1e-6 + other.norm()))
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200].rstrip(". ")

@@ -1,0 +1,186 @@
+"""A function of tensors as a graph of tensor operations, recorded while it runs; refused where a graph would lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import pyro
+import pyro.util
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Outputs = tuple[Tensor, ...]
+
+# Ways in which Python learns the value of a tensor; a graph would hold on to the value of one day.
+_READING_METHODS = ("tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "__contains__")
+_READERS = {getattr(Tensor, name): name for name in _READING_METHODS}
+_ATEN = torch.ops.aten
+_READING_OPERATIONS = (_ATEN._local_scalar_dense.default, _ATEN.is_nonzero.default, _ATEN.equal.default)
+
+
+class NotCompiled(Exception):
+    """Why a function cannot be one graph, in words that go on from "because"."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A function as a graph.
+
+    Attributes:
+        graph: takes the inputs, then what was lifted; holds no tensors itself.
+        lifted: every tensor that the function reached by itself: parameters, buffers, constants. They are these very
+            tensors, so that the graph sees what becomes of them.
+        outputs: of the run that was recorded.
+    """
+
+    graph: GraphModule
+    lifted: list[Tensor]
+    outputs: Outputs
+
+    @property
+    def text(self) -> str:
+        """Everything about the graph: two with the same text compute the same of the same tensors."""
+        return f"{self.graph.code}\n{[_described(t) for t in (*self.graph.meta['inputs'], *self.lifted)]}"
+
+
+def recorded(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Recording:
+    """Records `function` on some inputs, and once more on their rows in reverse order, which must give the same graph.
+
+    Random numbers are where they were afterwards. Pyro's own checks are off; so are its warnings of NaN.
+
+    Raises:
+        NotCompiled: when the function reads values, when the two graphs differ, when it changes a tensor that was
+            there before, or when its shapes depend on values.
+    """
+    with _same_random_numbers(inputs):
+        recording = _record(function, inputs)
+    _refuse_values_in_shapes(recording.graph)
+    _refuse_changes(recording)
+    with _same_random_numbers(inputs):
+        again = _record(function, tuple(x.flip(0) if x.dim() else x for x in inputs))
+    if recording.text != again.text:
+        raise NotCompiled("it does not do the same in every run: something in it depends on values, or keeps count")
+    for one, other in zip(recording.lifted, again.lifted, strict=True):
+        if one is not other and not torch.equal(one, other):
+            raise NotCompiled("it makes tensors of numbers that are not torch's, and of other numbers in every run")
+    return recording
+
+
+def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Recording:
+    outputs: list[Outputs] = []
+
+    def watched(*args: Tensor) -> Outputs:
+        with _Values(), _Reads():
+            found = function(*args)
+        outputs.append(tuple(t.detach() for t in found))
+        return found
+
+    with ExitStack() as scopes:
+        scopes.enter_context(pyro.validation_enabled(False))
+        scopes.enter_context(mock.patch.object(pyro.util, "torch_isnan", lambda _: False))
+        graph = make_fx(watched)(*inputs)
+    lifted = _lift(graph)
+    graph.meta["inputs"] = inputs
+    return Recording(graph, lifted, outputs[0])
+
+
+class _Reads(TorchFunctionMode):
+    """Refuses a program that reads the value of a tensor, but for `item`, which stays a tensor as long as it can."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.item and args[0].is_floating_point():
+            return args[0].detach().reshape(())  # Pyro's ELBOs add up their losses as numbers
+        if func in _READERS:
+            raise NotCompiled(f"it reads the value of a tensor ({_READERS[func].strip('_')}) while it runs")
+        return func(*args, **(kwargs or {}))
+
+
+class _Values(TorchDispatchMode):
+    """Refuses a read that reaches torch by another way."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READING_OPERATIONS:
+            raise NotCompiled(f"it reads the value of a tensor ({func.overloadpacket.__name__.strip('_')}) while it runs")
+        return func(*args, **(kwargs or {}))
+
+
+def _lift(graph: GraphModule) -> list[Tensor]:
+    """Makes inputs of the tensors that a graph holds, and gives them in that order."""
+    places: dict[int, Node] = {}
+    lifted: list[Tensor] = []
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    for node in list(graph.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(graph, node.target)
+        if not isinstance(tensor, Tensor):
+            raise NotCompiled("it has a graph within a graph, as functional loops and branches do")
+        if id(tensor) not in places:
+            with graph.graph.inserting_after(last):
+                last = places[id(tensor)] = graph.graph.placeholder(f"lifted_{len(lifted)}")
+            lifted.append(tensor)
+        node.replace_all_uses_with(places[id(tensor)])
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    for name in [name for name, _ in (*graph.named_parameters(), *graph.named_buffers())]:
+        delattr(graph, name)
+    graph.recompile()
+    return lifted
+
+
+def _refuse_values_in_shapes(graph: GraphModule) -> None:
+    for node in _operations(graph):
+        if torch.Tag.dynamic_output_shape in node.target.tags and not _is_plain_indexing(node):
+            name = node.target.overloadpacket.__name__
+            raise NotCompiled(f"the shape of a tensor in it depends on values ({name})")
+
+
+def _is_plain_indexing(node: Node) -> bool:
+    if node.target is not _ATEN.index.Tensor:
+        return False
+    indices = [index for index in node.args[1] if index is not None]
+    return all(index.meta["val"].dtype not in (torch.bool, torch.uint8) for index in indices)
+
+
+def _refuse_changes(recording: Recording) -> None:
+    """A tensor that was there before may not be written: a graph cannot say what becomes of it afterwards."""
+    for node in _operations(recording.graph):
+        for position, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write or position >= len(node.args):
+                continue
+            origin = node.args[position]
+            while isinstance(origin, Node) and origin.op == "call_function" and origin.args and _is_view(origin):
+                origin = origin.args[0]
+            if isinstance(origin, Node) and origin.op == "placeholder":
+                raise NotCompiled(
+                    "it changes a tensor that it did not make, as a batch normalisation in training mode does"
+                )
+
+
+def _is_view(node: Node) -> bool:
+    returns = getattr(node.target, "_schema", None)
+    return returns is None or any(r.alias_info is not None for r in returns.returns)
+
+
+def _operations(graph: GraphModule) -> Iterator[Any]:
+    return (n for n in graph.graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload))
+
+
+@contextmanager
+def _same_random_numbers(inputs: tuple[Tensor, ...]) -> Iterator[None]:
+    """Torch's random numbers are set back afterwards; Python's and NumPy's go on, which must make no difference."""
+    devices = {x.device for x in inputs if x.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+def _described(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device

@@ -1,0 +1,117 @@
+"""Pairs that this project did not write: `fit` trains all of them, and log p(x) comes of each or a reason why not."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import foreign
+import pytest
+import torch
+from foreign import Foreign
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import ppl_vae as pv
+
+COMPILED = [False]
+DRAWS = 7
+
+
+def losses(pair: Foreign) -> Tensor:
+    """The loss per datum of all data at once, or of the batches that the pair brings, with new noise each time."""
+    batches = list(pair.data[0]) if isinstance(pair.data[0], DataLoader) else [pair.data]
+    count = sum(len(batch[0]) for batch in batches)
+    with torch.no_grad():
+        totals = [sum(pair.objective.loss(pair.model, pair.guide, *b) for b in batches) for _ in range(DRAWS)]
+    return torch.tensor(totals, dtype=torch.float64) / count
+
+
+def lowered(before: Tensor, after: Tensor) -> bool:
+    """Whether the mean of the losses fell by more than noise can do."""
+    return bool(before.mean() - after.mean() > 4.5 * ((before.var() + after.var()) / DRAWS).sqrt())
+
+
+def weights(pair: Foreign) -> dict[str, Tensor]:
+    """A copy of all parameters, by name."""
+    owners: Any = [getattr(program, "__self__", program) for program in (pair.model, pair.guide)]
+    parameters = [item for owner in owners if isinstance(owner, nn.Module) for item in owner.named_parameters()]
+    return {name: parameter.detach().clone() for name, parameter in parameters}
+
+
+def fit(pair: Foreign, *, epochs: int = 30, learning_rate: float = 0.03) -> tuple[pv.History, list[str]]:
+    """The history, and what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        history = pv.fit(
+            pair.model,
+            pair.guide,
+            *pair.data,
+            objective=pair.objective,
+            epochs=epochs,
+            batch_size=pair.batch_size,
+            learning_rate=learning_rate,
+            progress=False,
+        )
+    return history, [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("name", foreign.PAIRS)
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_it_trains_and_names_what_takes_no_part_in_the_loss(name: str, compiled: bool) -> None:
+    pair = foreign.PAIRS[name]()
+    losses_before, weights_before = losses(pair), weights(pair)
+    history, said = fit(pair)
+    assert torch.tensor(history.loss).isfinite().all()
+    assert lowered(losses_before, losses(pair))
+    unmoved = [n for n, weight in weights(pair).items() if torch.equal(weight, weights_before[n])]
+    assert unmoved == [n for n in weights_before if n.startswith(pair.without_gradient)]
+    if unmoved:
+        (sentence,) = said
+        assert sentence.startswith("These parameters received no gradient")
+        assert all(n in sentence for n in unmoved)
+    else:
+        assert said == []
+
+
+def test_without_training_no_loss_falls_by_more_than_noise() -> None:
+    for make in foreign.PAIRS.values():
+        pair = make()
+        before = losses(pair)
+        fit(pair, epochs=2, learning_rate=1e-9)
+        assert not lowered(before, losses(pair))
+
+
+def test_weights_that_all_data_share_are_trained_by_batches_only_where_the_plate_says_how_many_there_are() -> None:
+    with pytest.raises(ValueError, match="All data share the latent 'sigma', and each of 3 batches"):
+        fit(foreign.regression(batch_size=foreign.BATCH_SIZE))
+    pair = foreign.regression(batch_size=foreign.BATCH_SIZE, num_data=foreign.NUM_DATA)
+    before = losses(pair)
+    fit(pair)
+    assert lowered(before, losses(pair))
+
+
+def test_log_px_sums_over_the_classes_of_the_semi_supervised_pair() -> None:
+    pair = foreign.unsupervised()
+    x, num_classes = pair.data[0], foreign.NUM_CLASSES
+    labels = torch.eye(num_classes).unsqueeze(1).expand(-1, len(x), -1)
+    each = [pv.importance_sampling(pair.model, pair.guide, x, y, num_samples=1000) for y in labels]
+    whole = pv.importance_sampling(pair.model, pair.guide, x, num_samples=1000)
+    error = torch.stack([e.standard_error for e in [*each, whole]]).square().sum(0).sqrt()
+    log_px = torch.stack([e.log_px for e in each]).logsumexp(0)
+    assert ((whole.log_px - log_px).abs() < 4.5 * error).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("regression", "Site 'sigma' of the model is outside the plate 'data'"),
+        ("deep_markov_packed", r"is scaled by 0.3 \(`poutine.scale`\)"),
+    ],
+)
+def test_where_there_is_no_log_px_the_reason_is_said(name: str, sentence: str) -> None:
+    pair = foreign.PAIRS[name]()
+    data = next(iter(pair.data[0])) if isinstance(pair.data[0], DataLoader) else pair.data
+    pair.guide(*data)
+    with pytest.raises(ValueError, match=sentence):
+        pv.importance_sampling(pair.model, pair.guide, *data, num_samples=3)
