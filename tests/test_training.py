@@ -34,8 +34,8 @@ from ppl_vae.autoencoder import Autoencoder
 from ppl_vae.data import DynamicBinarization
 from ppl_vae.likelihoods import Gaussian
 from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder
-from ppl_vae.training.steps import KEPT_EVERY
 from ppl_vae.training import History, fit
+from ppl_vae.training.steps import KEPT_EVERY
 from ppl_vae.vae import VAE
 
 NUM_DATA, DATA_DIM, LATENT_DIM = 101, 7, 2

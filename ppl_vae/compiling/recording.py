@@ -91,7 +91,7 @@ def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Rec
         return found
 
     # The test for NaN that Pyro warns after would read a value.
-    with pyro.validation_enabled(False), mock.patch.object(pyro.util, "torch_isnan", lambda _: False):
+    with pyro.validation_enabled(False), mock.patch.object(pyro.util, "torch_isnan", return_value=False):
         graph = make_fx(watched)(*inputs)
     lifted = _lift(graph)
     _own_outputs(graph)
@@ -117,7 +117,9 @@ class _Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READING_OPERATIONS:
-            raise NotCompiled(f"it reads the value of a tensor ({func.overloadpacket.__name__.strip('_')}) while it runs")
+            raise NotCompiled(
+                f"it reads the value of a tensor ({func.overloadpacket.__name__.strip('_')}) while it runs"
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -164,7 +166,7 @@ def _unfuse_biases(graph: GraphModule) -> None:
     """
     for node in graph.graph.find_nodes(op="call_function", target=_ATEN.addmm.default):
         bias, a, b = node.args
-        if node.kwargs or not node.meta["val"].device.type == "cpu":
+        if node.kwargs or node.meta["val"].device.type != "cpu":
             continue
         with graph.graph.inserting_before(node):
             product = graph.graph.call_function(_ATEN.mm.default, (a, b))
@@ -181,7 +183,7 @@ def _refuse_values_in_shapes(graph: GraphModule) -> None:
             raise NotCompiled(f"the shape of a tensor in it depends on values ({name})")
 
 
-def _is_plain_indexing(node: Node) -> bool:
+def _is_plain_indexing(node: Any) -> bool:
     if node.target is not _ATEN.index.Tensor:
         return False
     indices = [index for index in node.args[1] if index is not None]
@@ -203,7 +205,7 @@ def _refuse_changes(graph: GraphModule) -> None:
                 )
 
 
-def _is_view(node: Node) -> bool:
+def _is_view(node: Any) -> bool:
     returns = getattr(node.target, "_schema", None)
     return returns is None or any(r.alias_info is not None for r in returns.returns)
 

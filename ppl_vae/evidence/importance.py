@@ -58,7 +58,8 @@ def importance_sampling(
         model: p(x, z), a Pyro program whose sites all lie in one plate over the data: a module, a bound method or a
             function.
         guide: q(z given x), with the same arguments.
-        *args: the data, `(N, ...)`, and what else both programs take.
+        *args: the data, `(N, ...)`, and what else both programs take; or one `Dataset`, such as a `data.MemoryMapped`,
+            which is read block by block.
         num_samples: K, draws of z for each datum.
         proposal: what z is drawn from, one of `proposals`: `Guide()`, `Widened()`, `StudentT()`, `Defensive()`,
             `Local()`, or `Prior()`. All but the guide draw in unconstrained coordinates, with discrete latents
@@ -71,7 +72,7 @@ def importance_sampling(
         An `Evidence`: per datum log_px, standard_error, ess, pareto_k, elbo and more, and their means over the data.
 
     Raises:
-        TypeError: when the data are not a tensor.
+        TypeError: when the data are neither a tensor nor a `Dataset`.
         ValueError: for no data, NaN in them, or tensors of different lengths; for a pair with no log weight per datum
             (a latent outside the plate, a guide without density, a scaled site, names that differ, a datum whose
             density depends on its batch, ...); for weights that are NaN or +∞; with the site's name.
@@ -90,7 +91,8 @@ def importance_sampling(
     """
     num_samples = at_least_one("num_samples", num_samples)
     pace, proposal = _Pace(max_rows), checked(proposal)
-    scoring.check_data(*args)
+    if not scoring.is_dataset(args):  # whose rows are checked as they are read
+        scoring.check_data(*args)
     root = root_seed(seed)
     with looked_at(model, guide, *args) as pair:
         columns = gathered(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_vae import parameters, scoring
 from ppl_vae.batches import Batch
 from ppl_vae.compiling import Compiled, NotCompiled, Outputs
-from ppl_vae.objectives import ImportanceWeightedELBO, Objective, Terms
+from ppl_vae.objectives import ImportanceWeightedELBO, Objective
 from ppl_vae.scoring import Program
 from ppl_vae.training.sharing import RECORDED
 
@@ -74,7 +74,8 @@ class Graph:
         if not possible:
             torch.set_rng_state(state)
             return None
-        return Step(*terms, bounds, dict(zip(self.given, gradients, strict=True)))
+        loss, bound, norm = terms
+        return Step(loss, bound, norm, bounds, dict(zip(self.given, gradients, strict=True)))
 
     def _look(self, batch: Batch) -> None:
         """Finds out, once, whether there is a graph to be had, and lets the objective do what it does but once."""
