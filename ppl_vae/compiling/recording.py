@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Outputs = tuple[Tensor, ...]
 
@@ -63,7 +66,6 @@ def recorded(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Re
     with random_numbers_set_back(inputs):
         recording = _record(function, inputs)
     _refuse_values_in_shapes(recording.graph)
-    _refuse_changes(recording.graph)
     return recording
 
 
@@ -73,7 +75,7 @@ def verify(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], recordi
     Raises:
         NotCompiled: when it does not, or when it holds other numbers.
     """
-    again = recorded(function, tuple(x.flip(0) if x.dim() else x for x in inputs))
+    again = recorded(function, tuple(map(_reversed, inputs)))
     if recording.text != again.text:
         raise NotCompiled("it does not do the same in every run: something in it depends on values, or keeps count")
     for one, other in zip(recording.lifted, again.lifted, strict=True):
@@ -94,7 +96,7 @@ def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Rec
     with pyro.validation_enabled(False), mock.patch.object(pyro.util, "torch_isnan", return_value=False):
         graph = make_fx(watched)(*inputs)
     lifted = _lift(graph)
-    _own_outputs(graph)
+    _own_outputs(graph, outputs[0])
     _unfuse_biases(graph)
     graph.recompile()
     graph.meta["inputs"] = inputs
@@ -113,14 +115,47 @@ class _Reads(TorchFunctionMode):
 
 
 class _Values(TorchDispatchMode):
-    """Refuses a read that reaches torch by another way."""
+    """Refuses a read that reaches torch by another way, and a write to a tensor that was there before.
+
+    A graph cannot say what becomes of such a tensor afterwards. The write is refused before it is done, so that the
+    eager run that follows finds what it would have found.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, StorageWeakRef] = {}  # which keep an address from being given to another storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READING_OPERATIONS:
             raise NotCompiled(
                 f"it reads the value of a tensor ({func.overloadpacket.__name__.strip('_')}) while it runs"
             )
-        return func(*args, **(kwargs or {}))
+        if not all(_storage(tensor) in self.made for tensor in _written(func, args)):
+            raise NotCompiled(
+                "it changes a tensor that it did not make, as a batch normalisation in training mode does"
+            )
+        found = func(*args, **(kwargs or {}))
+        given = {_storage(tensor) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(found):
+            if _storage(tensor) not in given or func is _ATEN.lift_fresh.default:
+                self.made[_storage(tensor)] = StorageWeakRef(tensor.untyped_storage())
+        return found
+
+
+def _written(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors among the arguments that an operation writes to."""
+    if func is _ATEN.native_batch_norm.default and args[5]:  # whose schema does not say so
+        return _tensors(args[3:5])
+    arguments = zip(func._schema.arguments, args, strict=False)
+    return _tensors([value for argument, value in arguments if argument.alias_info and argument.alias_info.is_write])
+
+
+def _tensors(of: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(of) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _lift(graph: GraphModule) -> list[Tensor]:
@@ -146,16 +181,34 @@ def _lift(graph: GraphModule) -> list[Tensor]:
     return lifted
 
 
-def _own_outputs(graph: GraphModule) -> None:
-    """Copies an output that is an input, or another output: whoever gets it may write to it."""
+def _own_outputs(graph: GraphModule, outputs: Outputs) -> None:
+    """Copies an output that lies in the memory of an input, of another output or of itself: who gets it may write."""
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    origins: list[Node] = []
     found: list[Node] = []
-    for node in output.args[0]:
-        if node.op == "placeholder" or node in found:
+    for node, tensor in zip(output.args[0], outputs, strict=True):
+        origin = _origin(node)
+        if origin.op == "placeholder" or origin in origins or torch._debug_has_internal_overlap(tensor):
             with graph.graph.inserting_before(output):
-                node = graph.graph.call_function(_ATEN.clone.default, (node,))
+                node = graph.graph.call_function(
+                    _ATEN.clone.default, (node,), {"memory_format": torch.contiguous_format}
+                )
+        origins.append(origin)
         found.append(node)
     output.args = (tuple(found),)
+
+
+def _origin(node: Any) -> Any:
+    """The node that made the memory in which the value of `node` lies."""
+    while _is_view(node):
+        node = node.args[0]
+    return node
+
+
+def _is_view(node: Any) -> bool:
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])
+    return _is_operation(node) and any(result.alias_info is not None for result in node.target._schema.returns)
 
 
 def _unfuse_biases(graph: GraphModule) -> None:
@@ -190,28 +243,12 @@ def _is_plain_indexing(node: Any) -> bool:
     return all("val" in i.meta and i.meta["val"].dtype not in (torch.bool, torch.uint8) for i in indices)
 
 
-def _refuse_changes(graph: GraphModule) -> None:
-    """A tensor that was there before may not be written: a graph cannot say what becomes of it afterwards."""
-    for node in _operations(graph):
-        for position, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write or position >= len(node.args):
-                continue
-            origin = node.args[position]
-            while isinstance(origin, Node) and origin.op == "call_function" and origin.args and _is_view(origin):
-                origin = origin.args[0]
-            if isinstance(origin, Node) and origin.op == "placeholder":
-                raise NotCompiled(
-                    "it changes a tensor that it did not make, as a batch normalisation in training mode does"
-                )
-
-
-def _is_view(node: Any) -> bool:
-    returns = getattr(node.target, "_schema", None)
-    return returns is None or any(r.alias_info is not None for r in returns.returns)
-
-
 def _operations(graph: GraphModule) -> Iterator[Any]:
-    return (n for n in graph.graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload))
+    return filter(_is_operation, graph.graph.nodes)
+
+
+def _is_operation(node: Any) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
 @contextmanager
@@ -224,3 +261,9 @@ def random_numbers_set_back(inputs: tuple[Tensor, ...]) -> Iterator[None]:
 
 def _described(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _reversed(tensor: Tensor) -> Tensor:
+    """Its rows in reverse order, in the same layout; as it is where that cannot be."""
+    flipped = tensor.flip(0) if tensor.dim() else tensor
+    return flipped if flipped.stride() == tensor.stride() else tensor

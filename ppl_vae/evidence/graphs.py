@@ -36,7 +36,7 @@ class Graphs:
 
     def draw(self, wide: tuple[Any, ...], num_samples: int) -> tuple[Values, Tensor] | None:
         """Latents in canonical form and their log q, as `Pair.draw`."""
-        if self.scoring.cause is not None:
+        if self.scoring.cause is not None or any(graph.cause is not None for graph in self.drawing.values()):
             return None
         self.others = wide
         graph = self.drawing.setdefault(num_samples, Compiled(partial(self._draw, num_samples), what="drawing"))
