@@ -26,7 +26,12 @@ Outputs = tuple[Tensor, ...]
 _READING_METHODS = ("tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "__contains__")
 _READERS = {getattr(Tensor, name): name for name in _READING_METHODS}
 _ATEN = torch.ops.aten
-_READING_OPERATIONS = (_ATEN._local_scalar_dense.default, _ATEN.is_nonzero.default, _ATEN.equal.default)
+_READING_OPERATIONS = (
+    _ATEN._local_scalar_dense.default,
+    _ATEN.is_nonzero.default,
+    _ATEN.equal.default,
+    _ATEN.allclose.default,
+)
 
 
 class NotCompiled(Exception):
@@ -64,9 +69,7 @@ def recorded(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Re
             was there before.
     """
     with random_numbers_set_back(inputs):
-        recording = _record(function, inputs)
-    _refuse_values_in_shapes(recording.graph)
-    return recording
+        return _record(function, inputs)
 
 
 def verify(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], recording: Recording) -> None:
@@ -115,7 +118,7 @@ class _Reads(TorchFunctionMode):
 
 
 class _Values(TorchDispatchMode):
-    """Refuses a read that reaches torch by another way, and a write to a tensor that was there before.
+    """Refuses a read that reaches torch by another way, in a shape too, and a write to a tensor that was there before.
 
     A graph cannot say what becomes of such a tensor afterwards. The write is refused before it is done, so that the
     eager run that follows finds what it would have found.
@@ -130,6 +133,10 @@ class _Values(TorchDispatchMode):
             raise NotCompiled(
                 f"it reads the value of a tensor ({func.overloadpacket.__name__.strip('_')}) while it runs"
             )
+        if torch.Tag.dynamic_output_shape in func.tags and not _is_plain_indexing(func, args):
+            # At once, for whoever wants but the length of such a tensor leaves no trace in the graph.
+            name = func.overloadpacket.__name__
+            raise NotCompiled(f"the shape of a tensor in it depends on values ({name})")
         if not all(_storage(tensor) in self.made for tensor in _written(func, args)):
             raise NotCompiled(
                 "it changes a tensor that it did not make, as a batch normalisation in training mode does"
@@ -140,6 +147,10 @@ class _Values(TorchDispatchMode):
             if _storage(tensor) not in given or func is _ATEN.lift_fresh.default:
                 self.made[_storage(tensor)] = StorageWeakRef(tensor.untyped_storage())
         return found
+
+
+def _is_plain_indexing(func: Any, args: tuple[Any, ...]) -> bool:
+    return func is _ATEN.index.Tensor and all(i.dtype not in (torch.bool, torch.uint8) for i in _tensors(args[1]))
 
 
 def _written(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
@@ -227,24 +238,6 @@ def _unfuse_biases(graph: GraphModule) -> None:
             total = graph.graph.call_function(_ATEN.sub.Tensor, (product, minus))
         node.replace_all_uses_with(total)
         graph.graph.erase_node(node)
-
-
-def _refuse_values_in_shapes(graph: GraphModule) -> None:
-    for node in _operations(graph):
-        if torch.Tag.dynamic_output_shape in node.target.tags and not _is_plain_indexing(node):
-            name = node.target.overloadpacket.__name__
-            raise NotCompiled(f"the shape of a tensor in it depends on values ({name})")
-
-
-def _is_plain_indexing(node: Any) -> bool:
-    if node.target is not _ATEN.index.Tensor:
-        return False
-    indices = [index for index in node.args[1] if index is not None]
-    return all("val" in i.meta and i.meta["val"].dtype not in (torch.bool, torch.uint8) for i in indices)
-
-
-def _operations(graph: GraphModule) -> Iterator[Any]:
-    return filter(_is_operation, graph.graph.nodes)
 
 
 def _is_operation(node: Any) -> bool:
