@@ -21,7 +21,7 @@ from ppl_vae import coin
 from ppl_vae.evidence import annealed_importance_sampling, importance_sampling
 from ppl_vae.evidence.annealing import Work
 from ppl_vae.evidence.blocks import Block, blocks, looked_at
-from ppl_vae.evidence.path import Path, Schedule, State, _largest_step
+from ppl_vae.evidence.path import PILOT_CESS, Path, Schedule, State, _largest_step
 from ppl_vae.evidence.stream import COLUMNS
 from ppl_vae.proposals import Defensive, Guide, Prior, Proposal, StudentT, Widened
 from ppl_vae.scoring.coordinates import Coordinates
@@ -699,6 +699,6 @@ def test_the_largest_step_keeps_the_conditional_ess() -> None:
     assert rise[0] == 1
     for datum in (1, 2):
         w = (rise[datum] * log_ratio[:, datum]).exp()
-        assert w.sum() ** 2 / w.square().sum() / len(w) == pytest.approx(annealing.PILOT_CESS, abs=1e-6)
+        assert w.sum() ** 2 / w.square().sum() / len(w) == pytest.approx(PILOT_CESS, abs=1e-6)
     log_ratio[::2, 1] = -torch.inf  # chains where the model is impossible do not stop the others
     assert _largest_step(log_ratio, most)[1] > 0.01

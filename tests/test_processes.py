@@ -141,7 +141,7 @@ def test_lazy_rare_and_unused_parameters(found: list[Found]) -> None:
     assert other["said"] == []
 
 
-@pytest.mark.parametrize("source", ["tensors", "tensor dataset", "dataset", "loader"])
+@pytest.mark.parametrize("source", ["tensors", "tensor dataset", "dataset", "file", "loader"])
 def test_every_datum_is_in_one_share(source: str, found: list[Found], folder: Path) -> None:
     shares = [f["sources"][source] for f in found]
     for one, other in zip(*(share["epochs"] for share in shares), strict=True):

@@ -173,10 +173,10 @@ class Work:
         self.temperatures = f"{num_temperatures} temperature{'s' if num_temperatures > 1 else ''}"
 
     def blocks(self, pair: Pair, args: tuple[Any, ...]) -> Iterator[Block]:
-        """The data in blocks whose chains, for each configuration of discrete latents, are rows enough."""
+        """The data in blocks, dealt out, whose chains, for each configuration of discrete latents, are rows enough."""
         some = scoring.rows(args, slice(PROBE_DATA)) if pair.splits else args
         rows = self.num_chains * Target(pair, *some).num_configurations
-        return blocks(pair, args, max(1, BLOCK_ROWS // rows))
+        return blocks(pair, args, max(1, BLOCK_ROWS // rows), dealt=True)
 
     def prepared(self, pair: Pair, block: Block, root: int) -> tuple[Path, Schedule]:
         """The path of a block and its frozen schedule."""

@@ -105,7 +105,7 @@ def importance_sampling(
         columns = gathered(
             len(COLUMNS),
             args,
-            blocks(pair, args, max(16, min(MOST_DATA, BLOCK_ROWS // num_samples))),
+            blocks(pair, args, max(16, min(MOST_DATA, BLOCK_ROWS // num_samples)), dealt=True),
             lambda block: torch.stack(_block(pair, proposal, block, num_samples, root, pace, graphs)),
         )
         strategy = pair.strategy.__name__
