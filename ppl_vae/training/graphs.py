@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_vae import parameters, scoring
 from ppl_vae.batches import Batch
 from ppl_vae.compiling import Compiled, NotCompiled, Outputs
-from ppl_vae.objectives import ImportanceWeightedELBO, Objective, Terms
+from ppl_vae.objectives import ImportanceWeightedELBO, Objective
 from ppl_vae.scoring import Program
 from ppl_vae.training.sharing import RECORDED
 
