@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from ppl_vae import processes, scoring
+from ppl_vae.data import MemoryMapped
+from ppl_vae.scoring import as_tuple
 
 Batch = tuple[Any, ...]
+AHEAD = 2  # batches that are read from a file before they are asked for
 
 
 class Batches:
@@ -24,6 +29,7 @@ class Batches:
 
     Args:
         data: tensors with one row per datum, or one `Dataset`, or one `DataLoader`, which brings its own batches.
+            A `Dataset` with a method `__getitems__` (as PyTorch's loader calls it) is asked for a batch at once.
         batch_size: of all but the last batch, in all processes together.
 
     Raises:
@@ -69,7 +75,7 @@ class Batches:
         # All the data in one batch keep their order: an autoguide has a parameter for each datum, in that order.
         elif self.num_data > self.size:
             order = processes.from_first(lambda: torch.randperm(self.num_data))
-            yield from (self._at(index[share]) for index in order.split(self.size))
+            yield from self._each(index[share] for index in order.split(self.size))
         else:
             yield self._at(torch.arange(self.num_data)[share])
 
@@ -78,7 +84,7 @@ class Batches:
         if isinstance(self.source, DataLoader):
             yield from map(as_tuple, self.source)
         else:
-            yield from (self._at(index) for index in torch.arange(self.num_data).split(self.size))
+            yield from self._each(torch.arange(self.num_data).split(self.size))
 
     def dealt(self) -> Iterator[tuple[int, Batch]]:
         """Whole batches with numbers below `len × world_size`, every one of them in one process and no other."""
@@ -95,13 +101,21 @@ class Batches:
             yield from ((number, self._at(indices[number])) for number in range(first, len(indices), step))
 
     def _at(self, index: Tensor) -> Batch:
-        if self.source is None:
-            return scoring.rows(self.data, index)
-        if isinstance(self.source, TensorDataset):
-            return as_tuple(self.source[index])
-        if len(index) == 0:
-            return scoring.rows(self._at(torch.tensor([0])), slice(0))
-        return as_tuple(torch.utils.data.default_collate([self.source[i] for i in index.tolist()]))
+        return scoring.rows(self.data if self.source is None else (self.source,), index)
+
+    def _each(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """The data of each index. From a file the next are read while the caller is at work on these."""
+        if not isinstance(self.source, MemoryMapped):
+            yield from map(self._at, indices)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            read: deque[Future[Batch]] = deque()
+            for index in indices:
+                if len(read) == AHEAD:
+                    yield read.popleft().result()
+                read.append(reader.submit(self._at, index))
+            while read:
+                yield read.popleft().result()
 
 
 def _is_distributed(loader: DataLoader[Any]) -> bool:
@@ -143,8 +157,3 @@ def _loader(loader: DataLoader[Any], plan: list[list[int]]) -> DataLoader[Any]:
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
     )
-
-
-def as_tuple(batch: Any) -> Batch:
-    """A batch as arguments: a tuple or list of them, or a single one."""
-    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)

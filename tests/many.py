@@ -152,7 +152,7 @@ def gradients(folder: Path) -> Found:
         pyro.clear_param_store()
         batches = Batches(data(), batch_size)
         with mutants.get(name, contextlib.nullcontext()):
-            trained = Trained(model_, guide_, objective, batches)
+            trained = Trained(model_, guide_, objective, batches, compile=False)
             optimizer = torch.optim.SGD(trained.parameters.values(), lr=1e-2)
             pyro.set_rng_seed(1)
             terms = [trained.step(optimizer, b, None, "a step") for _ in range(2) for b in batches]
@@ -219,7 +219,7 @@ def evidence(folder: Path) -> Found:
     found["annealed"] = vars(pv.annealed_importance_sampling(lg.model, wrong, x, **chains))
     found["sandwich"] = vars(pv.sandwich(lg.model, wrong, num_data=37, **chains))
     vae = small_vae(1)
-    trained = Trained(vae.model, vae.guide, Trace_ELBO(), Batches((bits(),), BATCH))
+    trained = Trained(vae.model, vae.guide, Trace_ELBO(), Batches((bits(),), BATCH), compile=False)
     found["validation"] = {"loss": trained.evaluate(Batches((bits(),), BATCH))}
     torch.manual_seed(processes.rank())
     unseeded = pv.importance_sampling(lg.model, wrong, x, num_samples=20, max_rows=512, seed=None)

@@ -174,15 +174,17 @@ def _own_outputs(graph: GraphModule) -> None:
 def _unfuse_biases(graph: GraphModule) -> None:
     """Adds biases after their product of matrices, where the compiler fuses that with what comes next.
 
-    On a processor the product with a bias is two runs over the output, of which this saves one.
+    On a processor the product with a bias is two runs over the output, of which this saves one. It is subtracted, for
+    a sum would be fused into the product again.
     """
     for node in graph.graph.find_nodes(op="call_function", target=_ATEN.addmm.default):
         bias, a, b = node.args
-        if node.kwargs or not node.meta["val"].device.type == "cpu":
+        if node.kwargs or node.meta["val"].device.type != "cpu":
             continue
         with graph.graph.inserting_before(node):
             product = graph.graph.call_function(_ATEN.mm.default, (a, b))
-            total = graph.graph.call_function(_ATEN.add.Tensor, (product, bias))
+            minus = graph.graph.call_function(_ATEN.neg.default, (bias,))
+            total = graph.graph.call_function(_ATEN.sub.Tensor, (product, minus))
         node.replace_all_uses_with(total)
         graph.graph.erase_node(node)
 
@@ -194,7 +196,7 @@ def _refuse_values_in_shapes(graph: GraphModule) -> None:
             raise NotCompiled(f"the shape of a tensor in it depends on values ({name})")
 
 
-def _is_plain_indexing(node: Node) -> bool:
+def _is_plain_indexing(node: Any) -> bool:
     if node.target is not _ATEN.index.Tensor:
         return False
     indices = [index for index in node.args[1] if index is not None]
@@ -216,7 +218,7 @@ def _refuse_changes(graph: GraphModule) -> None:
                 )
 
 
-def _is_view(node: Node) -> bool:
+def _is_view(node: Any) -> bool:
     returns = getattr(node.target, "_schema", None)
     return returns is None or any(r.alias_info is not None for r in returns.returns)
 

@@ -8,6 +8,8 @@ done to the values unless asked for, and the record then says what:
     static_binarization(), dynamic_..., thresholded()   0 and 1                     scale Levels(2), binarization
     static_dequantization(), dynamic_dequantization()   v = (level + u) / L         scale Dequantized(L), dequantization
     ... and then logit_transform()                      logit(margin + (1 - 2 margin) v)    scale Logit(L, margin)
+
+An array that is larger than memory stays in its file: `MemoryMapped`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from ppl_vae.data.binarization import DynamicBinarization, binarize, threshold
 from ppl_vae.data.dataset import Data
 from ppl_vae.data.dequantization import DynamicDequantization
+from ppl_vae.data.memory_mapped import MemoryMapped
 from ppl_vae.data.named import IDX_SETS, load_cifar10, load_digits, load_idx_set
 from ppl_vae.data.reading import read_array_file, read_idx, read_image_folder
 from ppl_vae.data.scale import AsIs, Dequantized, Levels, Logit, Scale, Unit
@@ -29,6 +32,7 @@ __all__ = [
     "DynamicDequantization",
     "Levels",
     "Logit",
+    "MemoryMapped",
     "Scale",
     "Unit",
     "binarize",

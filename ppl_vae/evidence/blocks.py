@@ -13,14 +13,21 @@ import torch
 from torch import Tensor
 
 from ppl_vae import isolation, processes, scoring
-from ppl_vae.scoring import Pair, Program
+from ppl_vae.scoring import PROBE_DATA, Pair, Program
 
 
 @contextmanager
 def looked_at(model: Program, guide: Program, *args: Any) -> Iterator[Pair]:
-    """The pair, ready to be scored and `untouched` afterwards."""
+    """The pair, ready to be scored and `untouched` afterwards. Of a `Dataset` it looks at the first rows only."""
+    whole = not scoring.is_dataset(args)
     with untouched(model, guide), _in_words():
-        yield Pair(model, guide, *args)
+        pair = Pair(model, guide, *(args if whole else scoring.rows(args, slice(2 * PROBE_DATA))))
+        if not (whole or pair.splits):
+            raise ValueError(
+                "The pair runs on all its data at once or not at all, and a data set is scored block by block. Give "
+                "the data as tensors."
+            )
+        yield pair
 
 
 @contextmanager
@@ -58,7 +65,10 @@ def blocks(pair: Pair, args: tuple[Any, ...], size: int) -> Iterator[Block]:
         yield Block(0, args, num_data)
         return
     for start in range(0, num_data, size):
-        yield Block(start, scoring.rows(args, slice(start, start + size)), int(min(size, pair.layout.most_rows)))
+        some = scoring.rows(args, slice(start, start + size))
+        if scoring.is_dataset(args):
+            scoring.check_data(*some)
+        yield Block(start, some, int(min(size, pair.layout.most_rows)))
 
 
 def gathered(
@@ -70,7 +80,7 @@ def gathered(
     to a column, so that the result is that of one process to the last bit.
     """
     # Made beforehand: small results kept between large temporaries would hold on to the memory of those.
-    with processes.summing(num_columns, len(args[0]), device=args[0].device) as total:
+    with processes.summing(num_columns, len(args[0]), device=scoring.rows(args, slice(1))[0].device) as total:
         for number, block in enumerate(parts):
             if number % processes.world_size() == processes.rank():
                 total[:, block.start : block.start + len(block.args[0])] = compute(block)

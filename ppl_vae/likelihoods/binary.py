@@ -80,6 +80,7 @@ class _Score(torch.autograd.Function):
 
     x η − log(1 + e^η) = (x − ½) η − ½ |η| − log(1 + e^(−|η|)), and of the factors 1 + e^(−|η|), which lie between 1
     and 2, a few can be multiplied before the logarithm is taken. The gradient, x − sigmoid(η), needs none of them.
+    (Without a rule for forward mode, because `torch.compile` stops at functions that have one.)
     """
 
     generate_vmap_rule = True
@@ -97,18 +98,12 @@ class _Score(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         logits, x = ctx.saved_tensors
         gradient = gradient.unsqueeze(-1)
         return gradient * (x - logits.sigmoid()), gradient * logits if ctx.needs_input_grad[1] else None
-
-    @staticmethod
-    def jvp(ctx: Any, logits_tangent: Tensor, x_tangent: Tensor) -> Tensor:
-        logits, x = ctx.saved_tensors
-        return ((x - logits.sigmoid()) * logits_tangent + logits * x_tangent).sum(-1)
 
 
 def bce_score(features: Tensor, x: Tensor, event_dim: int = 1) -> Tensor:

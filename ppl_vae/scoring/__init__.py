@@ -9,7 +9,7 @@ Shapes: samples first, data second. A latent in canonical form is `(num_samples,
 dimension for each of the pair's `nesting` levels of plates.
 """
 
-from ppl_vae.scoring.data import check_data, rows, widened
+from ppl_vae.scoring.data import as_tuple, check_data, is_dataset, rows, widened
 from ppl_vae.scoring.inspection import data_plates
 from ppl_vae.scoring.pair import PROBE_DATA, Pair, log_weights
 from ppl_vae.scoring.running import Program, Sites, Values, log_probs, loop, particles, run, scored_sites, tiles
@@ -23,9 +23,11 @@ __all__ = [
     "Sites",
     "Target",
     "Values",
+    "as_tuple",
     "check_data",
     "data_plates",
     "inside",
+    "is_dataset",
     "log_probs",
     "log_weights",
     "loop",

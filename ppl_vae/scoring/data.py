@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 
 def check_data(*args: Any) -> int:
@@ -46,16 +47,37 @@ def check_data(*args: Any) -> int:
     return len(x)
 
 
+def is_dataset(args: tuple[Any, ...]) -> bool:
+    """Whether the data are one `Dataset`, whose rows become the arguments when they are asked for."""
+    return len(args) == 1 and isinstance(args[0], Dataset) and not isinstance(args[0], IterableDataset)
+
+
 def rows(args: tuple[Any, ...], index: slice | Tensor) -> tuple[Any, ...]:
-    """The data `index` of every tensor with rows; other arguments as they are.
+    """The data `index` of every tensor with rows, or of a `Dataset`; other arguments as they are.
 
     Example:
         >>> rows((torch.arange(3.0), torch.ones(3, 2), 0.5), slice(1))
         (tensor([0.]), tensor([[1., 1.]]), 0.5)
     """
-    if isinstance(index, slice):
-        return tuple(a[index] if is_per_datum(a) else a for a in args)
-    return tuple(a.index_select(0, index.to(a.device)) if is_per_datum(a) else a for a in args)
+    if not is_dataset(args):
+        return tuple(_taken(a, index) if is_per_datum(a) else a for a in args)
+    (dataset,) = args
+    if isinstance(dataset, TensorDataset):
+        return dataset[index]
+    places = list(range(len(dataset))[index]) if isinstance(index, slice) else index.tolist()
+    if not places:
+        return rows(as_tuple(default_collate([dataset[0]])), slice(0))
+    at_once = getattr(dataset, "__getitems__", None) or (lambda places: [dataset[place] for place in places])
+    return as_tuple(default_collate(at_once(places)))
+
+
+def _taken(x: Tensor, index: slice | Tensor) -> Tensor:
+    return x[index] if isinstance(index, slice) else x.index_select(0, index.to(x.device))  # faster than x[index]
+
+
+def as_tuple(batch: Any) -> tuple[Any, ...]:
+    """A batch as arguments: a tuple or list of them, or a single one."""
+    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
 
 
 def widened(args: tuple[Any, ...], width: int) -> tuple[Any, ...]:

@@ -23,14 +23,16 @@ class Step(NamedTuple):
 
     Attributes:
         loss: per datum.
-        bound: of each datum, or minus the loss where the objective has no other.
+        bound: mean over the batch; minus the loss where the objective has no other.
         norm: of the gradient.
+        bounds: of each datum.
         gradients: of the loss, by the names of the parameters that it depends on.
     """
 
-    loss: Tensor
-    bound: Tensor
-    norm: Tensor
+    loss: float
+    bound: float
+    norm: float
+    bounds: Tensor
     gradients: parameters.Parameters
 
 
@@ -56,24 +58,28 @@ class Graph:
         self.model, self.guide, self.objective, self.trained = model, guide, objective, trained
         self.per_datum = per_datum
         self.compiled = Compiled(self._differentiated, what="the training step")
+        self.looked = False
         self.pair: scoring.Pair | None = None
         self.given: list[str] = []
 
     def __call__(self, batch: Batch) -> Step | None:
-        if self.compiled.cause is None and self.pair is None:
+        if self.compiled.cause is None and not self.looked:
             self._look(batch)
         state = torch.get_rng_state()
         found = self.compiled(*batch, *self._numbers())
         if found is None:
             return None
-        possible, *terms = found
+        numbers, bounds, *gradients = found
+        possible, *terms = numbers.tolist()  # all at once: for what a small tensor costs, a thousand numbers are added
         if not possible:
             torch.set_rng_state(state)
             return None
-        return Step(*terms[:3], dict(zip(self.given, terms[3:], strict=True)))
+        loss, bound, norm = terms
+        return Step(loss, bound, norm, bounds, dict(zip(self.given, gradients, strict=True)))
 
     def _look(self, batch: Batch) -> None:
         """Finds out, once, whether there is a graph to be had, and lets the objective do what it does but once."""
+        self.looked = True
         if reason := _reason_against(self.objective, batch):
             self.compiled.give_up(reason)
             return
@@ -88,9 +94,9 @@ class Graph:
         return [torch.tensor(number, dtype=torch.float64) for number in self.objective.numbers()]
 
     def _differentiated(self, *tensors: Tensor) -> Outputs:
-        """Whether the data are possible, then the fields of a `Step`."""
+        """Whether the data are possible, and the numbers of a `Step`; its bounds; its gradients."""
         with _Supports() as supports:
-            loss, bound, batch = self._terms(tensors)
+            loss, bounds, batch = self._terms(tensors)
         loss = self.per_datum(loss, batch)
         if not (isinstance(loss, Tensor) and loss.requires_grad):
             raise NotCompiled("its loss has no gradient")
@@ -98,14 +104,15 @@ class Graph:
         gradients = torch.autograd.grad(loss, list(self.trained.values()), allow_unused=True)
         given = {name: g for name, g in zip(self.trained, gradients, strict=True) if g is not None}
         self.given = list(given)
-        squares = sum((g.square().sum() for g in given.values()), start=torch.zeros(()))
-        return (supports.all(), loss.detach(), bound, squares.sqrt(), *given.values())
+        norm = torch.stack([g.square().sum().double() for g in given.values()]).sum().sqrt()
+        numbers = [x.double() for x in (supports.all(), loss.detach(), bounds.mean(), norm)]
+        return (torch.stack(numbers), bounds, *given.values())
 
     def _terms(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Batch]:
         if self.pair is not None:
             batch = tensors[: len(tensors) - len(self.objective.numbers())]
-            loss, bound = self.objective.at(self.pair, batch, *tensors[len(batch) :])
-            return loss, bound, batch
+            loss, bounds = self.objective.at(self.pair, batch, *tensors[len(batch) :])
+            return loss, bounds, batch
         loss = self.objective.differentiable_loss(self.model, self.guide, *tensors)
         return loss, -self.per_datum(loss, tensors).detach(), tensors
 

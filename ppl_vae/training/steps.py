@@ -22,7 +22,7 @@ from ppl_vae.objectives import Objective, Terms
 from ppl_vae.scoring import Program
 from ppl_vae.training import sharing
 from ppl_vae.training.graphs import Graph, Step
-from ppl_vae.training.sharing import RECORDED
+from ppl_vae.training.sharing import RECORDED, Sums
 
 # Steps after which the weights are copied, in case the loss is not finite soon after: a copy costs a twentieth of one.
 KEPT_EVERY = 8
@@ -69,7 +69,7 @@ class Trained:
         if self.graph is not None and parts > len(batches) and self.has_globals and self.num_data is None:
             self.graph.compiled.give_up("what all data have in common is shared out anew in every step")
         self.steps = 0
-        self.norm: Tensor | None = None
+        self.norm: float | None = None
 
     def set_progress(self, share: float) -> None:
         """Tells an objective with a schedule the share of training done."""
@@ -85,7 +85,7 @@ class Trained:
             )
         return loss / (self.num_data or len(batch[0]))
 
-    def step(self, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None, where: str) -> Tensor:
+    def step(self, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None, where: str) -> Sums:
         """One step of the optimiser on one batch: the loss and the bound per datum before it, and 1, each times the
         number of data.
 
@@ -95,7 +95,7 @@ class Trained:
         optimizer.zero_grad()
         counted_once = self._counted_once(batch)
 
-        def differentiate() -> Tensor:
+        def differentiate() -> Sums:
             try:
                 with counted_once:
                     loss, bound = self._backward(batch)
@@ -105,7 +105,7 @@ class Trained:
                 raise ValueError(f"In {where}: {_said(error)}") from error
             if processes.world_size() > 1:  # said where it happens; its sum with others is not finite either
                 self._finite_norm(loss, batch, state, where)
-            return torch.tensor([loss, bound, 1.0], dtype=torch.float64) * len(batch[0])
+            return loss * len(batch[0]), bound * len(batch[0]), len(batch[0])
 
         try:
             terms = sharing.summed(differentiate, self.parameters, len(batch[0]))
@@ -115,9 +115,9 @@ class Trained:
         if self.first:
             parameters.check_gradients(self.parameters, self._gradients(), self.objective)
             self.first = False
-        norm = self._finite_norm(float(terms[0]), batch, state, where)
+        norm = self._finite_norm(terms[0], batch, state, where)
         if clip_norm is not None:
-            clip_grads_with_norm_(self.parameters.values(), clip_norm, norm)
+            clip_grads_with_norm_(self.parameters.values(), clip_norm, torch.as_tensor(norm))
         if self.steps % KEPT_EVERY == 0:
             self._keep()
         self.steps += 1
@@ -133,11 +133,11 @@ class Trained:
     def _gradients(self) -> parameters.Parameters:
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
-    def _finite_norm(self, loss: float, batch: Batch, state: Tensor, where: str) -> Tensor:
+    def _finite_norm(self, loss: float, batch: Batch, state: Tensor, where: str) -> float:
         """The norm of the gradient; when it or the loss is not finite, back to the last good weights and an error."""
         gradients = self._gradients()
-        norm = get_total_norm(gradients.values()) if self.norm is None else self.norm
-        if not (isfinite(loss) and norm.isfinite()):
+        norm = get_total_norm(gradients.values()).item() if self.norm is None else self.norm
+        if not (isfinite(loss) and isfinite(norm)):
             self._raise_if_not_finite(batch, state, where)
             self.restore(self.last_good)
             bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
@@ -165,10 +165,9 @@ class Trained:
     def _take(self, step: Step) -> tuple[float, float]:
         for name, gradient in step.gradients.items():
             self.parameters[name].grad = gradient
-        loss = step.loss.item()
-        if isinstance(self.objective, Objective):
-            self.objective.check(Terms(step.loss, step.bound))
-        return loss, step.bound.mean().item()
+        if isinstance(self.objective, Objective) and not isfinite(step.bound):
+            self.objective.check(Terms(torch.tensor(step.loss), step.bounds))
+        return step.loss, step.bound
 
     def _backward_eagerly(self, batch: Batch) -> tuple[float, float]:
         if isinstance(self.objective, Objective):
