@@ -28,8 +28,8 @@ from torch import Tensor
 
 Value = TypeVar("Value")
 
-# How long a process waits for the others, which may have more to do. One that has died is noticed at once.
-PATIENCE = timedelta(minutes=10)
+# How long a process waits for the others, which may be slower. One that has died is noticed at once.
+PATIENCE = timedelta(hours=1)
 
 
 class FailedElsewhere(RuntimeError):
@@ -93,7 +93,8 @@ def joined() -> Iterator[None]:
 
 def _is_first_to_fail(store: dist.Store) -> bool:
     try:
-        return store.add("failures", 1) == 1
+        # torchrun may start all of them again, with the same store.
+        return store.add(f"failures {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", 1) == 1
     except RuntimeError:  # what kept count is gone, and has perhaps said nothing
         return True
 
@@ -218,5 +219,5 @@ def _in_words() -> Iterator[None]:
     except RuntimeError as error:  # the kind of error depends on the backend
         raise FailedElsewhere(
             f"Process {rank()} of {world_size()} has lost the others: one of them has ended without a word, or has not "
-            f"come for {PATIENCE.total_seconds() / 60:.0f} minutes. Look for what the others said."
+            f"come for {PATIENCE.total_seconds() / 3600:.0f} hour. Look for what the others said."
         ) from error

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -152,11 +153,11 @@ def gradients(folder: Path) -> Found:
         pyro.clear_param_store()
         batches = Batches(data(), batch_size)
         with mutants.get(name, contextlib.nullcontext()):
-            trained = Trained(model_, guide_, objective, batches)
+            trained = Trained(model_, guide_, objective, batches, compile=False)
             optimizer = torch.optim.SGD(trained.parameters.values(), lr=1e-2)
             pyro.set_rng_seed(1)
             terms = [trained.step(optimizer, b, None, "a step") for _ in range(2) for b in batches]
-        found[name] = {**stored(), "terms": torch.stack(terms)}
+        found[name] = {**stored(), "terms": torch.tensor(terms, dtype=torch.float64)}
     return found
 
 
@@ -188,10 +189,13 @@ class ItemByItem(Dataset[Tensor]):
 def sources(folder: Path) -> Found:
     """Which data this process gets of two epochs, and of whole batches, from sources of every kind."""
     items = ItemByItem()
+    path = folder / f"rows {os.getpid()}.npy"
+    np.save(path, np.arange(NUM_DATA, dtype=np.float32)[:, None])
     rows: dict[str, Any] = {
         "tensors": torch.arange(NUM_DATA),
         "tensor dataset": TensorDataset(torch.arange(NUM_DATA)),
         "dataset": items,
+        "file": pv.data.MemoryMapped(path),
         "loader": DataLoader(items, BATCH, shuffle=True),
     }
     if processes.world_size() > 1:
@@ -200,8 +204,8 @@ def sources(folder: Path) -> Found:
     for name, source in rows.items():
         batches = Batches((source,), BATCH)
         torch.manual_seed(processes.rank())
-        epochs = [[x.tolist() for (x,) in batches] for _ in range(2)]
-        found[name] = {"epochs": epochs, "dealt": {n: x.tolist() for n, (x,) in batches.dealt()}, "len": len(batches)}
+        epochs = [[x.flatten().tolist() for (x,) in batches] for _ in range(2)]
+        found[name] = {"epochs": epochs, "dealt": {n: x.flatten().tolist() for n, (x,) in batches.dealt()}}
     return found
 
 
@@ -219,7 +223,7 @@ def evidence(folder: Path) -> Found:
     found["annealed"] = vars(pv.annealed_importance_sampling(lg.model, wrong, x, **chains))
     found["sandwich"] = vars(pv.sandwich(lg.model, wrong, num_data=37, **chains))
     vae = small_vae(1)
-    trained = Trained(vae.model, vae.guide, Trace_ELBO(), Batches((bits(),), BATCH))
+    trained = Trained(vae.model, vae.guide, Trace_ELBO(), Batches((bits(),), BATCH), compile=False)
     found["validation"] = {"loss": trained.evaluate(Batches((bits(),), BATCH))}
     torch.manual_seed(processes.rank())
     unseeded = pv.importance_sampling(lg.model, wrong, x, num_samples=20, max_rows=512, seed=None)

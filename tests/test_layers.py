@@ -21,13 +21,13 @@ PROGRAMS = [
     ["storage"],
 ]
 INFERENCE = [
-    ["scoring", "pareto"],
+    ["scoring", "pareto", "compiling"],
     ["proposals", "parameters", "batches", "objectives"],
     ["evidence", "training"],
     ["gaps", "diagnostics"],
     [],
 ]
-NEITHER = [["isolation", "data", "files", "plots", "processes"], ["reporting"]]
+NEITHER = [["isolation", "precision", "processes", "data", "files", "plots"], ["reporting"]]
 BOTH = [["comparing"], ["cli"], ["__init__"]]
 
 PLACE = {

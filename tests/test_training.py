@@ -35,6 +35,7 @@ from ppl_vae.data import DynamicBinarization
 from ppl_vae.likelihoods import Gaussian
 from ppl_vae.networks import MLP, ConvDecoder, ConvEncoder
 from ppl_vae.training import History, fit
+from ppl_vae.training.steps import KEPT_EVERY
 from ppl_vae.vae import VAE
 
 NUM_DATA, DATA_DIM, LATENT_DIM = 101, 7, 2
@@ -527,22 +528,22 @@ def test_a_bar_is_shown(x: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
 # What stops it, in words.
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(x: Tensor) -> None:
+def test_a_loss_that_is_not_finite_stops_with_good_weights_of_shortly_before(x: Tensor) -> None:
     vae, calls = small_vae(), itertools.count()
-    good: dict[str, Tensor] = {}
+    good: list[dict[str, Tensor]] = []
 
     def model(x: Tensor) -> None:
         pyro.module("decoder", vae.decoder)
         poison = torch.nan if next(calls) >= 9 else 0.0
         if poison == 0.0:
-            good.update(copied(vae))  # the weights whose loss was finite last
+            good.append(copied(vae))  # weights whose loss was finite
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", vae.prior())
             pyro.sample("x", dist.Normal(vae.decoder(z) + poison, 1.0).to_event(1), obs=x)
 
     with pytest.raises(RuntimeError, match=r"no longer finite in epoch 2, batch \d: site 'x' of the model"):
         fit(model, vae.guide, x, epochs=5, batch_size=20, progress=False)
-    assert moved(vae, good) == set()
+    assert any(moved(vae, weights) == set() for weights in good[-KEPT_EVERY:])
     assert all(torch.isfinite(value).all() for value in vae.state_dict().values())
 
 

@@ -10,6 +10,6 @@ while the tensor operations underneath are recorded, gradients among them, and w
 """
 
 from ppl_vae.compiling.compiled import Compiled
-from ppl_vae.compiling.recording import NotCompiled, Recording, recorded
+from ppl_vae.compiling.recording import NotCompiled, Outputs, Recording, recorded
 
-__all__ = ["Compiled", "NotCompiled", "Recording", "recorded"]
+__all__ = ["Compiled", "NotCompiled", "Outputs", "Recording", "recorded"]

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vae.compiling.recording import NotCompiled, Outputs, Recording, recorded
+from ppl_vae.compiling.recording import (
+    NotCompiled,
+    Outputs,
+    Recording,
+    random_numbers_set_back,
+    recorded,
+    verify,
+)
 
 # A graph costs seconds, an eager run milliseconds: only shapes that keep coming are worth one.
 PATIENCE = 100
@@ -33,96 +40,110 @@ class Compiled:
     run with the same seed.
 
     Where this cannot be (the function reads values, changes buffers, is not the same in every run, or there is no
-    compiler), `eager` runs instead, with one warning that names the cause.
+    compiler), the result is None, with one warning that names the cause: then it is for the caller to run eagerly.
 
     Args:
         function: from tensors to tensors; what else it uses, it reaches by itself. Gradients are part of it: the graph
             runs without them.
         what: it is, for the warning: "the training step".
-        eager: takes its place; the function itself by default.
 
     Attributes:
         cause: why it is not compiled, or None.
 
     Example:
         >>> weight = torch.tensor([2.0, 3.0])
-        >>> double = Compiled(lambda x: (x * weight,), what="the product")
-        >>> double(torch.ones(2))[0]                                # doctest: +SKIP
-        tensor([2., 3.])
+        >>> product = Compiled(lambda x: (x * weight,), what="the product")
+        >>> found = product(torch.ones(2))                           # doctest: +SKIP
+        >>> weight[0] = 5.0                                          # doctest: +SKIP
+        >>> product(torch.ones(2))                                   # doctest: +SKIP
+        [tensor([5., 3.])]
     """
 
-    def __init__(
-        self, function: Callable[..., Outputs], *, what: str, eager: Callable[..., Outputs] | None = None
-    ) -> None:
-        self.function, self.what, self.eager = function, what, eager or function
+    def __init__(self, function: Callable[..., Outputs], *, what: str) -> None:
+        self.function, self.what = function, what
         self.cause: str | None = None
         self._runs: dict[Any, Callable[..., Outputs]] = {}
         self._seen: Counter[Any] = Counter()
 
-    def __call__(self, *inputs: Tensor) -> Outputs:
+    def __call__(self, *inputs: Tensor) -> Outputs | None:
         if self.cause is not None:
-            return self.eager(*inputs)
+            return None
         kind = (torch.get_num_threads(), *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
-        if kind in self._runs:
-            with torch.no_grad():
-                return self._runs[kind](*inputs)
-        self._seen[kind] += 1
-        if self._runs and self._seen[kind] < PATIENCE:
-            if len(self._seen) > MOST_SHAPES:
-                self._give_up(f"its arguments come in more than {MOST_SHAPES} shapes")
-            return self.eager(*inputs)
-        try:
-            self._runs[kind] = self._compiled(inputs)
-        except NotCompiled as reason:
-            self._give_up(str(reason))
-        return self(*inputs)
+        if kind not in self._runs and not self._compile(kind, inputs):
+            return None
+        with torch.no_grad():
+            return self._runs[kind](*inputs)
 
-    def _give_up(self, cause: str) -> None:
+    def give_up(self, cause: str) -> None:
+        """Runs eagerly from now on, and says why."""
         self.cause = cause
         warnings.warn(
             f"{self.what[0].upper()}{self.what[1:]} is not compiled, because {cause}. It runs eagerly, to the same "
-            "results; leave out compile=True, or change that.",
-            stacklevel=4,
+            "results. Change that, or leave out compile=True.",
+            stacklevel=2,
         )
 
-    def _compiled(self, inputs: tuple[Tensor, ...]) -> Callable[..., Outputs]:
+    def _compile(self, kind: Any, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether there is a graph for this kind of inputs now."""
+        self._seen[kind] += 1
+        if self._runs and self._seen[kind] < PATIENCE:
+            if len(self._seen) > MOST_SHAPES:
+                self.give_up(f"its arguments come in more than {MOST_SHAPES} shapes")
+            return False
         try:
-            recording = recorded(self.function, inputs)
-        except NotCompiled:
-            raise
-        except Exception as error:  # what a program may raise when it is recorded has no common type
-            raise NotCompiled(f"recording it failed: {_first_line(error)}") from error
-        program = _program(recording, inputs)
-        lifted = recording.lifted
+            self._runs[kind] = _run(self.function, inputs)
+        except NotCompiled as reason:
+            self.give_up(str(reason))
+            return False
+        return True
 
-        def run(*inputs: Tensor) -> Outputs:
-            return program(*inputs, *lifted)
 
-        devices = list({x.device for x in inputs if x.is_cuda})
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+def _run(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Callable[..., Outputs]:
+    """The function as a compiled graph with the tensors that it reaches by itself."""
+    try:
+        recording = recorded(function, inputs)
+        known = _key(recording) in _PROGRAMS
+        if not known:
+            verify(function, inputs, recording)
+    except NotCompiled:
+        raise
+    except Exception as error:  # what a program may raise when it is recorded has no common type
+        raise NotCompiled(f"recording it failed ({_first_line(error)})") from error
+    program, lifted = _program(recording, inputs), recording.lifted
+
+    def run(*inputs: Tensor) -> Outputs:
+        return program(*inputs, *lifted)
+
+    if not known:
+        with torch.no_grad(), random_numbers_set_back(inputs):
             found = run(*inputs)
-        for one, other in zip(found, recording.outputs, strict=True):
-            if not _close(one, other):
-                raise NotCompiled(
-                    "the graph gives other numbers than the program, as when random numbers are set back inside of it"
-                )
-        return run
+        if not all(map(_close, found, recording.outputs)):
+            del _PROGRAMS[_key(recording)]
+            raise NotCompiled(
+                "its graph gives other numbers than the program, as when random numbers are set back inside of it"
+            )
+    return run
+
+
+def _key(recording: Recording) -> str:
+    return f"{torch.get_num_threads()} {recording.text}"
 
 
 def _program(recording: Recording, inputs: tuple[Tensor, ...]) -> Callable[..., Outputs]:
-    threads = torch.get_num_threads()
-    key = f"{threads} {recording.text}"
+    key = _key(recording)
     if key not in _PROGRAMS:
         # Random numbers as eager torch draws them; as many threads as torch has, not as the machine.
-        options: dict[str, Any] = {"fallback_random": True, "cpp.threads": threads}
+        options: dict[str, Any] = {"fallback_random": True, "cpp.threads": torch.get_num_threads()}
         if inputs[0].is_cuda:
             options["triton.cudagraphs"] = True
-        program = torch.compile(recording.graph, fullgraph=True, dynamic=False, options=options)
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=list({x.device for x in inputs if x.is_cuda})):
+            with torch.no_grad(), random_numbers_set_back(inputs):
+                # The compiler behind torch.compile; what comes before it there has been done, and would cost half a
+                # millisecond in every call.
+                program = torch._inductor.compile(recording.graph, [*inputs, *recording.lifted], options=options)
                 program(*inputs, *recording.lifted)
         except Exception as error:  # the compiler's own, of many types
-            raise NotCompiled(f"the compiler refused it: {_first_line(error)}") from error
+            raise NotCompiled(f"the compiler refused it ({_first_line(error)})") from error
         _PROGRAMS[key] = program
         if len(_PROGRAMS) > MOST_PROGRAMS:
             _PROGRAMS.popitem(last=False)

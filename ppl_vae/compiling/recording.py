@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -52,26 +54,33 @@ class Recording:
 
 
 def recorded(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Recording:
-    """Records `function` on some inputs, and once more on their rows in reverse order, which must give the same graph.
+    """Records `function` on some inputs. Pyro's own checks are off, and its warnings of NaN.
 
-    Random numbers are where they were afterwards. Pyro's own checks are off; so are its warnings of NaN.
+    Random numbers are afterwards where they were.
 
     Raises:
-        NotCompiled: when the function reads values, when the two graphs differ, when it changes a tensor that was
-            there before, or when its shapes depend on values.
+        NotCompiled: when the function reads values, when its shapes depend on them, or when it changes a tensor that
+            was there before.
     """
-    with _same_random_numbers(inputs):
+    with random_numbers_set_back(inputs):
         recording = _record(function, inputs)
     _refuse_values_in_shapes(recording.graph)
-    _refuse_changes(recording)
-    with _same_random_numbers(inputs):
-        again = _record(function, tuple(x.flip(0) if x.dim() else x for x in inputs))
+    _refuse_changes(recording.graph)
+    return recording
+
+
+def verify(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], recording: Recording) -> None:
+    """Records once more, on the rows of the inputs in reverse order, which must give the same graph.
+
+    Raises:
+        NotCompiled: when it does not, or when it holds other numbers.
+    """
+    again = recorded(function, tuple(x.flip(0) if x.dim() else x for x in inputs))
     if recording.text != again.text:
         raise NotCompiled("it does not do the same in every run: something in it depends on values, or keeps count")
     for one, other in zip(recording.lifted, again.lifted, strict=True):
         if one is not other and not torch.equal(one, other):
             raise NotCompiled("it makes tensors of numbers that are not torch's, and of other numbers in every run")
-    return recording
 
 
 def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Recording:
@@ -83,11 +92,18 @@ def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Rec
         outputs.append(tuple(t.detach() for t in found))
         return found
 
-    with ExitStack() as scopes:
-        scopes.enter_context(pyro.validation_enabled(False))
-        scopes.enter_context(mock.patch.object(pyro.util, "torch_isnan", lambda _: False))
+    # The test for NaN that Pyro warns after would read a value, as would a distribution that was made while checks were
+    # on, a PyroSample's, say.
+    with (
+        pyro.validation_enabled(False),
+        mock.patch.object(pyro.util, "torch_isnan", return_value=False),
+        mock.patch.object(torch.distributions.Distribution, "_validate_sample", return_value=None),
+    ):
         graph = make_fx(watched)(*inputs)
     lifted = _lift(graph)
+    _own_outputs(graph)
+    _unfuse_biases(graph)
+    graph.recompile()
     graph.meta["inputs"] = inputs
     return Recording(graph, lifted, outputs[0])
 
@@ -99,7 +115,7 @@ class _Reads(TorchFunctionMode):
         if func is Tensor.item and args[0].is_floating_point():
             return args[0].detach().reshape(())  # Pyro's ELBOs add up their losses as numbers
         if func in _READERS:
-            raise NotCompiled(f"it reads the value of a tensor ({_READERS[func].strip('_')}) while it runs")
+            raise NotCompiled(_read_by(_READERS[func]))
         return func(*args, **(kwargs or {}))
 
 
@@ -108,8 +124,16 @@ class _Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READING_OPERATIONS:
-            raise NotCompiled(f"it reads the value of a tensor ({func.overloadpacket.__name__.strip('_')}) while it runs")
+            raise NotCompiled(_read_by(func.overloadpacket.__name__))
         return func(*args, **(kwargs or {}))
+
+
+def _read_by(name: str) -> str:
+    """The sentence about a read, with the line of the innermost program that is none of torch's."""
+    own = (str(Path(torch.__file__).parent), __file__)
+    place = next(frame for frame in reversed(traceback.extract_stack()) if not frame.filename.startswith(own))
+    file = Path(place.filename).name
+    return f"it reads the value of a tensor ({name.strip('_')}) in {place.name} ({file}, line {place.lineno})"
 
 
 def _lift(graph: GraphModule) -> list[Tensor]:
@@ -132,8 +156,37 @@ def _lift(graph: GraphModule) -> list[Tensor]:
     graph.graph.eliminate_dead_code()
     for name in [name for name, _ in (*graph.named_parameters(), *graph.named_buffers())]:
         delattr(graph, name)
-    graph.recompile()
     return lifted
+
+
+def _own_outputs(graph: GraphModule) -> None:
+    """Copies an output that is an input, or another output: whoever gets it may write to it."""
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    found: list[Node] = []
+    for node in output.args[0]:
+        if node.op == "placeholder" or node in found:
+            with graph.graph.inserting_before(output):
+                node = graph.graph.call_function(_ATEN.clone.default, (node,))
+        found.append(node)
+    output.args = (tuple(found),)
+
+
+def _unfuse_biases(graph: GraphModule) -> None:
+    """Adds biases after their product of matrices, where the compiler fuses that with what comes next.
+
+    On a processor the product with a bias is two runs over the output, of which this saves one. It is subtracted, for
+    a sum would be fused into the product again.
+    """
+    for node in graph.graph.find_nodes(op="call_function", target=_ATEN.addmm.default):
+        bias, a, b = node.args
+        if node.kwargs or node.meta["val"].device.type != "cpu":
+            continue
+        with graph.graph.inserting_before(node):
+            product = graph.graph.call_function(_ATEN.mm.default, (a, b))
+            minus = graph.graph.call_function(_ATEN.neg.default, (bias,))
+            total = graph.graph.call_function(_ATEN.sub.Tensor, (product, minus))
+        node.replace_all_uses_with(total)
+        graph.graph.erase_node(node)
 
 
 def _refuse_values_in_shapes(graph: GraphModule) -> None:
@@ -143,16 +196,16 @@ def _refuse_values_in_shapes(graph: GraphModule) -> None:
             raise NotCompiled(f"the shape of a tensor in it depends on values ({name})")
 
 
-def _is_plain_indexing(node: Node) -> bool:
+def _is_plain_indexing(node: Any) -> bool:
     if node.target is not _ATEN.index.Tensor:
         return False
     indices = [index for index in node.args[1] if index is not None]
-    return all(index.meta["val"].dtype not in (torch.bool, torch.uint8) for index in indices)
+    return all("val" in i.meta and i.meta["val"].dtype not in (torch.bool, torch.uint8) for i in indices)
 
 
-def _refuse_changes(recording: Recording) -> None:
+def _refuse_changes(graph: GraphModule) -> None:
     """A tensor that was there before may not be written: a graph cannot say what becomes of it afterwards."""
-    for node in _operations(recording.graph):
+    for node in _operations(graph):
         for position, argument in enumerate(node.target._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write or position >= len(node.args):
                 continue
@@ -165,7 +218,7 @@ def _refuse_changes(recording: Recording) -> None:
                 )
 
 
-def _is_view(node: Node) -> bool:
+def _is_view(node: Any) -> bool:
     returns = getattr(node.target, "_schema", None)
     return returns is None or any(r.alias_info is not None for r in returns.returns)
 
@@ -175,7 +228,7 @@ def _operations(graph: GraphModule) -> Iterator[Any]:
 
 
 @contextmanager
-def _same_random_numbers(inputs: tuple[Tensor, ...]) -> Iterator[None]:
+def random_numbers_set_back(inputs: tuple[Tensor, ...]) -> Iterator[None]:
     """Torch's random numbers are set back afterwards; Python's and NumPy's go on, which must make no difference."""
     devices = {x.device for x in inputs if x.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):

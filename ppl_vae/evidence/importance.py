@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyro
+import pyro.infer.util
 import torch
 from torch import Tensor
 
-from ppl_vae import scoring
+from ppl_vae import precision, scoring
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, gathered, looked_at, root_seed, start_from
+from ppl_vae.evidence.graphs import Graphs
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import COLUMNS, WeightStream
 from ppl_vae.proposals import Guide, Proposal, checked
@@ -37,6 +39,7 @@ def importance_sampling(
     proposal: Proposal = Guide(),  # noqa: B008 - it holds nothing
     seed: int | None = 0,
     max_rows: int | None = None,
+    compile: bool = False,
 ) -> Evidence:
     """Estimates log p(x) of each datum by importance sampling, from the guide unless another proposal is given.
 
@@ -67,6 +70,9 @@ def importance_sampling(
         seed: of the draws; None takes them from the global random state.
         max_rows: how many rows (samples × data × configurations of discrete latents that are summed out) the model
             scores in one run; the fastest of a few is found by timing when None.
+        compile: record drawing from the guide and scoring to two graphs and compile them, which takes some seconds at
+            first. The result is that of an eager run with the same seed, to rounding. What cannot be compiled, as a
+            proposal that is fitted to each datum, runs eagerly, with a warning that says why.
 
     Returns:
         An `Evidence`: per datum log_px, standard_error, ess, pareto_k, elbo and more, and their means over the data.
@@ -94,12 +100,13 @@ def importance_sampling(
     if not scoring.is_dataset(args):  # whose rows are checked as they are read
         scoring.check_data(*args)
     root = root_seed(seed)
-    with looked_at(model, guide, *args) as pair:
+    with looked_at(model, guide, *args) as pair, precision.fast_and_exact():
+        graphs = Graphs(pair, proposal, max_rows) if compile else None
         columns = gathered(
             len(COLUMNS),
             args,
-            blocks(pair, args, max(16, min(MOST_DATA, BLOCK_ROWS // num_samples))),
-            lambda block: torch.stack(_block(pair, proposal, block, num_samples, root, pace)),
+            blocks(pair, args, max(16, min(MOST_DATA, BLOCK_ROWS // num_samples)), dealt=True),
+            lambda block: torch.stack(_block(pair, proposal, block, num_samples, root, pace, graphs)),
         )
         strategy = pair.strategy.__name__
     return Evidence(
@@ -111,56 +118,78 @@ def importance_sampling(
 
 
 def _block(
-    pair: Pair, proposal: Proposal, block: Block, num_samples: int, root: int, pace: _Pace
+    pair: Pair, proposal: Proposal, block: Block, num_samples: int, root: int, pace: _Pace, graphs: Graphs | None
 ) -> tuple[Tensor, ...]:
     """The evidence of one block of data."""
     batch = len(block.args[0])
     with pyro.validation_enabled(True):
-        source = (
-            _Guided(pair, block) if isinstance(proposal, Guide) else _Proposed(pair, proposal, block, num_samples, root)
+        source: _Guided | _Proposed = (
+            _Guided(pair, block, graphs)
+            if isinstance(proposal, Guide)
+            else _Proposed(pair, proposal, block, num_samples, root)
         )
     weights = WeightStream(num_samples, batch, device=block.args[0].device)
     at_once = max(1, BLOCK_ROWS // block.width)
     for first in range(0, num_samples, at_once):
         start_from(root, block.start, first + 1)
         source.draw(first, last := min(first + at_once, num_samples))
-        for part in pace.parts(last - first, batch * source.num_configurations):
+        scored = []
+        for part in source.parts(last - first, pace):
             # The first run on each datum lets every distribution check its parameters and its data.
             with pyro.validation_enabled(first == 0 and part.start == 0):
-                log_w = source.log_weights(part)
-            weights.add(log_w)
-            if not (log_w < inf).all():
-                sample, datum = (~(log_w < inf)).nonzero()[0].tolist()
-                site = pair.blame(source.latents(part.start + sample), *block.args)
-                raise ValueError(
-                    f"A weight of datum {block.start + datum} is NaN or +∞: {site} has no finite density there. Its "
-                    "parameters have overflowed, or the model has not been trained far enough to be scored."
-                )
+                scored.append(source.log_weights(part))
+        log_w = torch.cat(scored)
+        if not (log_w < inf).all():
+            sample, datum = (~(log_w < inf)).nonzero()[0].tolist()
+            site = pair.blame(source.latents(sample), *block.args)
+            raise ValueError(
+                f"A weight of datum {block.start + datum} is NaN or +∞: {site} has no finite density there. Its "
+                "parameters have overflowed, or the model has not been trained far enough to be scored."
+            )
+        weights.add(log_w)
     return weights.evidence()
 
 
 class _Guided:
-    """Draws of all latents from the guide, discrete ones among them, with the densities they were drawn with."""
+    """Draws of all latents from the guide, discrete ones among them, with the densities they were drawn with.
 
-    num_configurations = 1
+    Draws are as many as the block is wide; scored are those of its data, or all where a graph wants one shape.
+    """
 
-    def __init__(self, pair: Pair, block: Block) -> None:
-        self.pair, self.args, self.wide = pair, block.args, block.wide()
+    def __init__(self, pair: Pair, block: Block, graphs: Graphs | None) -> None:
+        self.pair, self.args, self.wide, self.graphs = pair, block.args, block.wide(), graphs
         self.axis = 1 + pair.layout.nesting + pair.layout.dim
-        self.encoded = pair.encode(*self.wide)
+        self.encoded = pair.encode(*self.wide) if graphs is None or graphs.scoring.cause is not None else None
 
     def draw(self, start: int, stop: int) -> None:
-        z, log_q = self.pair.draw(self.encoded, *self.wide, num_samples=stop - start)
-        batch = len(self.args[0])
-        self.z = {name: value.narrow(self.axis, 0, batch) for name, value in z.items()}
-        self.log_q = log_q[:, :batch]
+        drawn = self.graphs.draw(self.wide, stop - start) if self.graphs else None
+        self.z, self.log_q = drawn or self._drawn(stop - start)
+
+    def _drawn(self, num_samples: int) -> tuple[Values, Tensor]:
+        encoded = self.pair.encode(*self.wide) if self.encoded is None else self.encoded
+        return self.pair.draw(encoded, *self.wide, num_samples=num_samples)
+
+    def parts(self, num_samples: int, pace: _Pace) -> Iterator[slice]:
+        if self.graphs is None or self.graphs.scoring.cause is not None:
+            return pace.parts(num_samples, len(self.args[0]))
+        return self.graphs.parts(num_samples, len(self.wide[0]))
 
     def log_weights(self, part: slice) -> Tensor:
-        some = {name: value[part] for name, value in self.z.items()}
-        return self.pair.log_joint(some, *self.args, num_samples=part.stop - part.start) - self.log_q[part]
+        if self.graphs is not None and not pyro.infer.util.is_validation_enabled():
+            found = self.graphs.log_weights(self.wide, self._some(part), self.log_q[part])
+            if found is not None:
+                return found[:, : len(self.args[0])]
+        log_joint = self.pair.log_joint(self.latents_of(part), *self.args, num_samples=part.stop - part.start)
+        return log_joint - self.log_q[part, : len(self.args[0])]
+
+    def _some(self, part: slice) -> Values:
+        return {name: value[part] for name, value in self.z.items()}
+
+    def latents_of(self, part: slice) -> Values:
+        return {name: z.narrow(self.axis, 0, len(self.args[0])) for name, z in self._some(part).items()}
 
     def latents(self, sample: int) -> Values:
-        return {name: value[sample : sample + 1] for name, value in self.z.items()}
+        return self.latents_of(slice(sample, sample + 1))
 
 
 class _Proposed:
@@ -174,6 +203,9 @@ class _Proposed:
 
     def draw(self, start: int, stop: int) -> None:
         self.u = self.density.draw(start, stop)
+
+    def parts(self, num_samples: int, pace: _Pace) -> Iterator[slice]:
+        return pace.parts(num_samples, len(self.target.args[0]) * self.num_configurations)
 
     def log_weights(self, part: slice) -> Tensor:
         log_prior, log_joint = self.target.log_parts(self.u[part])

@@ -89,9 +89,9 @@ class _Score(torch.autograd.Function):
     def forward(logits: Tensor, x: Tensor) -> Tensor:
         size = logits.abs()
         linear = ((x - 0.5) * logits).sub_(size, alpha=0.5).sum(-1)
-        groups, rest = divmod(logits.shape[-1], FACTORS)
+        groups = logits.shape[-1] // FACTORS  # of a tensor's size, which torch.jit.trace knows no divmod of
         decay = size.neg_().exp_()
-        together, alone = decay.split([groups * FACTORS, rest], dim=-1)
+        together, alone = decay[..., : groups * FACTORS], decay[..., groups * FACTORS :]
         product = (1 + together).unflatten(-1, (FACTORS, groups)).prod(-2)
         return linear - product.log().sum(-1) - alone.log1p().sum(-1)
 

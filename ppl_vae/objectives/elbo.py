@@ -48,15 +48,18 @@ class BetaELBO(Objective):
     def __repr__(self) -> str:
         return f"BetaELBO({'a schedule' if callable(self.beta) else self.beta})"
 
+    def numbers(self) -> tuple[float, ...]:
+        return (scheduled(self, "beta", self.beta),)
+
     def _terms(self, pair: Pair, args: tuple[Any, ...]) -> Terms:
         self.check_reparameterised(pair)
-        beta = scheduled(self, "beta", self.beta)
+        (beta,) = self._present()
         _, z, log_q = drawn(pair, args, 1)
         scores = pair.scores(z, *args, num_samples=1)
         kl = (log_q - scores.latent).squeeze(0)
         log_lik = scores.observed.squeeze(0)
         # Without the KL, not 0 times what may be infinite.
-        loss = -(log_lik - beta * kl if beta else log_lik)
+        loss = -(log_lik if isinstance(beta, float) and beta == 0 else log_lik - beta * kl)
         return Terms(pair.layout.plate_scale(len(args[0])) * loss.sum(), (log_lik - kl).detach())
 
 

@@ -53,10 +53,7 @@ class Looks:
             else:
                 if sites.seen == look.sites:
                     return result
-        if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
-            with torch.no_grad():
-                guide(*args)  # sets itself up
-        pair = _sized(Pair(model, guide, *args), args)
+        pair = looked_at(model, guide, args)
         with _Sites() as sites:
             result = compute(pair, args)
         self._looks = {k: other for k, other in self._looks.items() if other.is_alive()}
@@ -109,6 +106,14 @@ class _Sites(Messenger):
                 *((f.name, f.dim, f.full_size if f.full_size not in (None, f.size) else None) for f in frames),
             )
         )
+
+
+def looked_at(model: Program, guide: Program, args: tuple[Any, ...]) -> Pair:
+    """A pair, inspected on these data."""
+    if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+        with torch.no_grad():
+            guide(*args)  # sets itself up
+    return _sized(Pair(model, guide, *args), args)
 
 
 def _sized(pair: Pair, args: tuple[Any, ...]) -> Pair:

@@ -9,7 +9,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ppl_vae.objectives.looking import Looks
+from ppl_vae.objectives.looking import Looks, looked_at
 from ppl_vae.scoring import Pair, Program, Sites, Values
 
 
@@ -44,6 +44,7 @@ class Objective(ELBO):
             raise ValueError(f"num_particles must be an integer of at least 1; got {num_particles!r}.")
         super().__init__(num_particles=num_particles)
         self._looks = Looks()
+        self._recorded: tuple[Tensor, ...] | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_particles={self.num_particles})"
@@ -55,7 +56,35 @@ class Objective(ELBO):
             ValueError: when the pair has no log weight per datum, or its guide has draws without a gradient where the
                 objective needs one; with the site's name.
         """
-        return self._looks(self._terms, model, guide, args)
+        found = self._looks(self._terms, model, guide, args)
+        self.check(found)
+        return found
+
+    def pair(self, model: Program, guide: Program, *args: Any) -> Pair:
+        """What `at` takes: the pair, looked at on these data."""
+        return looked_at(model, guide, args)
+
+    def at(self, pair: Pair, args: tuple[Any, ...], *numbers: Tensor) -> Terms:
+        """The `terms` of a pair that was looked at, as tensor operations and nothing else, to be recorded.
+
+        Args:
+            numbers: the values of schedules, as tensors; see `numbers`.
+        """
+        self._recorded = numbers
+        try:
+            return self._terms(pair, args)
+        finally:
+            self._recorded = None
+
+    def numbers(self) -> tuple[float, ...]:
+        """The values of the objective's schedules at the share of training done."""
+        return ()
+
+    def _present(self) -> tuple[Any, ...]:
+        return self.numbers() if self._recorded is None else self._recorded
+
+    def check(self, found: Terms) -> None:
+        """Says what a user should know of what was found."""
 
     def loss(self, model: Program, guide: Program, *args: Any) -> float:
         """The loss as a number, without a gradient."""

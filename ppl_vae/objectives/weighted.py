@@ -60,6 +60,17 @@ class ImportanceWeightedELBO(Objective):
         path.weights = log_w.detach().softmax(0)
         return Terms(-pair.layout.plate_scale(len(args[0])) * bound.sum(), bound.detach())
 
+    def check(self, found: Terms) -> None:
+        lost = found.bound == -torch.inf
+        if not self._warned and bool(lost.any()):
+            self._warned = True
+            warnings.warn(
+                f"All {self.num_particles} importance weights of {int(lost.sum())} of {len(lost)} data are 0, so their "
+                "bound is −∞ and they give no gradient. Does the guide reach where the model has mass, and are the "
+                "data in the likelihood's support?",
+                stacklevel=3,
+            )
+
     def _particles(self, pair: Pair, args: tuple[Any, ...], path: _Path) -> tuple[Tensor, Tensor]:
         """log w and log q of all particles, `(num_particles, batch)`, no more of them in memory than were allowed."""
         parts = []
@@ -79,20 +90,21 @@ class ImportanceWeightedELBO(Objective):
         _, z, log_q = drawn(pair, args, count)
         return pair.log_joint(z, *args, num_samples=count) - log_q, log_q
 
+    def _check_same_density(self, one: Tensor, other: Tensor) -> None:
+        """Refuses a guide without one density; not while it is recorded, before which it has run."""
+        if self._recorded is None and not torch.allclose(one, other, rtol=1e-5, atol=1e-4, equal_nan=True):
+            raise ValueError(
+                "The guide draws one latent given another and gave two densities for the same draws, as it does with a "
+                "dropout in training mode, so that no gradient can be taken along their path. Take the dropout out of "
+                "the guide, or use ImportanceWeightedELBO."
+            )
+
     def _bound(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         """log 1/K Σ w of each datum, and the log weights with those of a datum without any weight set to 0.
 
-        A datum all of whose weights are 0 has the bound −∞ and no gradient, and there is one warning.
+        A datum all of whose weights are 0 has the bound −∞ and no gradient.
         """
         lost = (log_w == -torch.inf).all(0)
-        if not self._warned and bool(lost.any()):
-            self._warned = True
-            warnings.warn(
-                f"All {self.num_particles} importance weights of {int(lost.sum())} of {len(lost)} data are 0, so their "
-                "bound is −∞ and they give no gradient. Does the guide reach where the model has mass, and are the "
-                "data in the likelihood's support?",
-                stacklevel=2,
-            )
         kept = log_w.masked_fill(lost, 0.0)
         return kept, (kept.logsumexp(0) - log(self.num_particles)).masked_fill(lost, -torch.inf)
 
@@ -136,7 +148,7 @@ class DReG(ImportanceWeightedELBO):
         at_path = pair.log_q(encoded, along, *args, num_samples=count)
         at_rest = pair.log_q(encoded, _detached(z), *args, num_samples=count)
         if not encoded:
-            _check_same_density(log_q, at_path)
+            self._check_same_density(log_q, at_path)
         # log q with its own parameters held fixed: what they do to the one they undo in the other.
         held = at_path - (at_rest - at_rest.detach())
         return pair.log_joint(along, *args, num_samples=count) - held, log_q
@@ -225,7 +237,7 @@ class VIMCO(ImportanceWeightedELBO):
             z, first = _detached(z), log_q
             log_q = pair.log_q(encoded, z, *args, num_samples=count)
             if not encoded:
-                _check_same_density(first, log_q)
+                self._check_same_density(first, log_q)
         return pair.log_joint(z, *args, num_samples=count) - log_q, log_q
 
 
@@ -258,15 +270,6 @@ class _Scaled(torch.autograd.Function):
 
 def _detached(z: Values) -> Values:
     return {name: value.detach() for name, value in z.items()}
-
-
-def _check_same_density(one: Tensor, other: Tensor) -> None:
-    if not torch.allclose(one, other, rtol=1e-5, atol=1e-4, equal_nan=True):
-        raise ValueError(
-            "The guide draws one latent given another and gave two densities for the same draws, as it does with a "
-            "dropout in training mode, so that no gradient can be taken along their path. Take the dropout out of the "
-            "guide, or use ImportanceWeightedELBO."
-        )
 
 
 def _without_each(log_w: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ppl_vae.scoring.data import as_tuple, check_data, is_dataset, rows, widened
 from ppl_vae.scoring.inspection import data_plates
 from ppl_vae.scoring.pair import PROBE_DATA, Pair, log_weights
 from ppl_vae.scoring.running import Program, Sites, Values, log_probs, loop, particles, run, scored_sites, tiles
+from ppl_vae.scoring.supports import inside
 from ppl_vae.scoring.target import Target
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "as_tuple",
     "check_data",
     "data_plates",
+    "inside",
     "is_dataset",
     "log_probs",
     "log_weights",

@@ -15,7 +15,7 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from tqdm.auto import tqdm
 
-from ppl_vae import isolation, parameters, processes
+from ppl_vae import isolation, parameters, precision, processes
 from ppl_vae.batches import Batches, as_tuple
 from ppl_vae.objectives import Objective
 from ppl_vae.scoring import Program
@@ -37,6 +37,7 @@ def fit(
     patience: int | None = None,
     clip_norm: float | None = None,
     time_limit: float | None = None,
+    compile: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     seed: int | None = 0,
@@ -48,6 +49,12 @@ def fit(
     `pyro.module` and `pyro.param` make known to Pyro. A network that is called but not among them is an error, so
     that nothing is left untrained in silence.
 
+    Several processes (see `processes`) train together as one would. All begin with the parameters of the first, and
+    keep the same ones. Each has a share of every batch and draws its own noise, and they take the step of their joint
+    gradient: that of one process on the whole batch, for every objective that is a sum over the data and over what
+    these have in common. For others, as `FreeBits` and Pyro's `RenyiELBO`, and for a `BatchNorm`, each share is a batch
+    of its own; running statistics are those of the first process. It alone writes the checkpoint and shows the bar.
+
     Args:
         model: p(x, z): a module, a bound method or a function.
         guide: q(z given x), with the same arguments.
@@ -56,7 +63,7 @@ def fit(
         objective: any `pyro.infer.ELBO`, of Pyro or of `ppl_vae.objectives`; `Trace_ELBO()` by default. A schedule
             in it, such as of a KL warm-up, follows the share of training done.
         epochs: passes over the data.
-        batch_size: of a step; the last batch of an epoch may be shorter.
+        batch_size: of a step, in all processes together; the last batch of an epoch may be shorter.
         learning_rate: of Adam, a number or a function of the share of training done, from 0 to 1; so
             `lambda t: 1e-3 * 0.1**t` decays from 1e-3 to 1e-4.
         eps: of Adam, for the gradient of the loss per datum.
@@ -64,12 +71,16 @@ def fit(
         patience: stop when validation has not improved for so many epochs, and go back to the best weights.
         clip_norm: the largest norm of the gradient of the loss per datum.
         time_limit: seconds, those before a resumption among them, after which no epoch begins but the first.
+        compile: record the training step of this pair to one graph and compile it, which takes some seconds at first.
+            The loss is that of an eager run with the same seed, to rounding. What cannot be compiled runs eagerly,
+            with a warning that says why. It needs a C++ compiler.
         checkpoint: a folder, for a file from which the run can go on as if it had never stopped. It is written after
             an epoch, at most every ten seconds, and when training ends for whatever reason; a kill leaves the earlier
             one whole. An epoch cut short is begun again.
         resume: go on from the checkpoint; begin where there is none yet. On a CPU the end is the same to the last bit
-            (of random numbers, those of torch's own generator are kept). `epochs` may be raised; a learning rate that
-            depends on the share of training done is then that of a run of so many epochs, so it may go up again.
+            (of random numbers, those of torch's own generator are kept), if there are as many processes as before.
+            `epochs` may be raised; a learning rate that depends on the share of training done is then that of a run of
+            so many epochs, so it may go up again.
         seed: of batches and samples; None uses the global random state.
         progress: show a bar.
 
@@ -80,11 +91,14 @@ def fit(
     Raises:
         TypeError: for data of no known kind, or batches with more tensors than the programs take.
         ValueError: for no data, NaN in them, or data outside the likelihood's support (every datum is checked in the
-            first epoch); for a checkpoint that is corrupt, of another pair, or of a run with other settings.
+            first epoch); for a checkpoint that is corrupt, of another pair, or of a run with other settings; of several
+            processes, for a pair without a plate over the data, or whose plate does not follow their number.
         FileExistsError: when there is a checkpoint in the folder and `resume` is False.
         RuntimeError: when there is nothing to train, when a network is not registered or hides behind an earlier one
             of the same name in the parameter store, and when loss or gradient are no longer finite. The sentence
-            names the parameter, or epoch, batch and site; the weights are the last good ones.
+            names the parameter, or epoch, batch and site; the weights are those of one of the last few steps whose loss
+            was finite.
+        FailedElsewhere: when another process has failed, which says why.
 
     Example:
         >>> from ppl_vae.vae import VAE
@@ -120,21 +134,25 @@ def fit(
     kept = processes.from_first(lambda: Checkpoint(checkpoint, settings, resume=resume))
     if kept.epochs > epochs:
         raise ValueError(f"{kept} has {kept.epochs} epochs behind it, more than epochs={epochs}. Raise epochs.")
-    with isolation.seeded(seed), warnings.catch_warnings(), processes.interrupted_together():
+    with (
+        isolation.seeded(seed),
+        precision.fast_and_exact(),
+        warnings.catch_warnings(),
+        processes.interrupted_together(),
+    ):
         warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # said below, with the site
-        trained = Trained(model, guide, objective, batches)
+        trained = Trained(model, guide, objective, batches, compile=compile)
         optimizer = torch.optim.Adam(trained.parameters.values(), lr=rate(0.0), eps=eps, fused=True)
         run = Run(trained, optimizer)
         trained.set_progress(kept.epochs / epochs)
         kept.restore(run, batches)
         history, start = run.history, kept.epochs
         began, limit = time.perf_counter() - history.seconds, inf if time_limit is None else time_limit
-        quiet = (
-            {} if progress and processes.is_first() else {"disable": True}
-        )  # else the environment's TQDM_DISABLE has the say
+        # Without a word here the environment's TQDM_DISABLE has the say.
+        quiet = {} if progress and processes.is_first() else {"disable": True}
         left = range(start, epochs) if history.stopped != "early stopping" else ()
         bar = tqdm(left, desc="fit", unit="epoch", initial=start, total=epochs, **quiet)
-        sums = torch.zeros(3)
+        sums = (0.0, 0.0, 0.0)
         try:
             for epoch in bar:
                 if epoch > 0 and processes.from_first(lambda: time.perf_counter() - began >= limit):
@@ -148,9 +166,10 @@ def fit(
                         trained.set_progress(share)
                         for group in optimizer.param_groups:
                             group["lr"] = rate(share)
-                        sums = sums + trained.step(optimizer, batch, clip_norm, f"epoch {epoch + 1}, batch {index + 1}")
-                history.add(*(sums[:2] / sums[2]).tolist())
-                sums = torch.zeros(3)
+                        step = trained.step(optimizer, batch, clip_norm, f"epoch {epoch + 1}, batch {index + 1}")
+                        sums = sums[0] + step[0], sums[1] + step[1], sums[2] + step[2]
+                history.add(sums[0] / sums[2], sums[1] / sums[2])
+                sums = (0.0, 0.0, 0.0)
                 trained.synchronise_buffers()
                 parameters.check_store(trained.stored)
                 shown = {"loss": f"{history.loss[-1]:.3f}"}
@@ -170,7 +189,7 @@ def fit(
             history.stopped = "interrupted"
             trained.synchronise_buffers()
             if sums[2]:
-                history.add(*(sums[:2] / sums[2]).tolist())
+                history.add(sums[0] / sums[2], sums[1] / sums[2])
         finally:
             bar.close()
             optimizer.zero_grad()

@@ -5,6 +5,9 @@ are its gradient and the bound. For a plate over N data of which B are in the ba
 subsample_size=len(x))`, that is so of everything in the loss: a share scales its own data by N / len(x), and what all
 data have in common once. For a plate that is as long as the batch, what all data have in common would be counted by
 each process; `Partly` has each count as much of it as it has of the data.
+
+`DistributedDataParallel` is not used: it wraps a module, and a pair may be functions whose parameters are plain tensors
+in Pyro's store; it averages over processes, not over data; and it never sees a gradient from `torch.autograd.grad`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from torch import Tensor
 from ppl_vae import parameters, processes, scoring
 from ppl_vae.batches import Batch
 from ppl_vae.scoring import Program
+
+Sums = tuple[float, float, float]  # of the losses and bounds of data, and how many data
 
 RECORDED = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 
@@ -76,7 +81,7 @@ def synchronise(tensors: dict[str, Tensor]) -> None:
             tensor.copy_(values[name])
 
 
-def summed(differentiate: Callable[[], Tensor], trained: parameters.Parameters, num_data: int) -> Tensor:
+def summed(differentiate: Callable[[], Sums], trained: parameters.Parameters, num_data: int) -> Sums:
     """Leaves the gradient of the loss per datum in the parameters, for the data of all processes together.
 
     Args:
@@ -95,7 +100,7 @@ def summed(differentiate: Callable[[], Tensor], trained: parameters.Parameters, 
     with processes.summing(sum(sizes) + len(leaves) + 3, dtype=dtype, device=leaves[0].device) as total:
         *parts, given, terms = total.split([*sizes, len(leaves), 3])
         if num_data:
-            terms += differentiate().to(terms)
+            terms += torch.tensor(differentiate(), dtype=torch.float64).to(terms)
             for index, (p, part) in enumerate(zip(leaves, parts, strict=True)):
                 if p.grad is not None:
                     part += num_data * p.grad.reshape(-1).to(part)
@@ -103,8 +108,9 @@ def summed(differentiate: Callable[[], Tensor], trained: parameters.Parameters, 
     total[: sum(sizes)] /= terms[-1]
     for p, part, known in zip(leaves, parts, given.tolist(), strict=True):
         # A parameter without a gradient in all processes has none, as with one process.
-        p.grad = part.view_as(p).to(p) if known else None
-    return terms.double().cpu()
+        p.grad = torch.empty_like(p).copy_(part.view_as(p)) if known else None
+    loss, bound, count = terms.tolist()
+    return loss, bound, count
 
 
 def counted_once(plates: set[str], num_data: int) -> AbstractContextManager[Any]:

@@ -18,16 +18,20 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ppl_vae import isolation, parameters, processes, scoring
 from ppl_vae.batches import Batch, Batches
-from ppl_vae.objectives import Objective
+from ppl_vae.objectives import Objective, Terms
 from ppl_vae.scoring import Program
 from ppl_vae.training import sharing
-from ppl_vae.training.sharing import RECORDED
+from ppl_vae.training.graphs import Graph, Step
+from ppl_vae.training.sharing import RECORDED, Sums
+
+# Steps after which the weights are copied, in case the loss is not finite soon after: a copy costs a twentieth of one.
+KEPT_EVERY = 8
 
 
 class Trained:
     """A pair and an objective, with every parameter that a step changes."""
 
-    def __init__(self, model: Program, guide: Program, objective: Any, batches: Batches) -> None:
+    def __init__(self, model: Program, guide: Program, objective: Any, batches: Batches, *, compile: bool) -> None:
         self.model, self.guide, self.objective = model, guide, objective
         self.first = True
         batch = next(batches.ordered())
@@ -61,6 +65,11 @@ class Trained:
         if processes.world_size() > 1:
             sharing.check(model, guide, objective, batch, self.plates)
         self.recorded_size = len(batch[0]) if isinstance(objective, RECORDED) else None
+        self.graph = Graph(model, guide, objective, self.parameters, self.per_datum) if compile else None
+        if self.graph is not None and parts > len(batches) and self.has_globals and self.num_data is None:
+            self.graph.compiled.give_up("what all data have in common is shared out anew in every step")
+        self.steps = 0
+        self.norm: float | None = None
 
     def set_progress(self, share: float) -> None:
         """Tells an objective with a schedule the share of training done."""
@@ -76,7 +85,7 @@ class Trained:
             )
         return loss / (self.num_data or len(batch[0]))
 
-    def step(self, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None, where: str) -> Tensor:
+    def step(self, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None, where: str) -> Sums:
         """One step of the optimiser on one batch: the loss and the bound per datum before it, and 1, each times the
         number of data.
 
@@ -86,7 +95,7 @@ class Trained:
         optimizer.zero_grad()
         counted_once = self._counted_once(batch)
 
-        def differentiate() -> Tensor:
+        def differentiate() -> Sums:
             try:
                 with counted_once:
                     loss, bound = self._backward(batch)
@@ -96,7 +105,7 @@ class Trained:
                 raise ValueError(f"In {where}: {_said(error)}") from error
             if processes.world_size() > 1:  # said where it happens; its sum with others is not finite either
                 self._finite_norm(loss, batch, state, where)
-            return torch.tensor([loss, bound, 1.0], dtype=torch.float64) * len(batch[0])
+            return loss * len(batch[0]), bound * len(batch[0]), len(batch[0])
 
         try:
             terms = sharing.summed(differentiate, self.parameters, len(batch[0]))
@@ -106,10 +115,12 @@ class Trained:
         if self.first:
             parameters.check_gradients(self.parameters, self._gradients(), self.objective)
             self.first = False
-        norm = self._finite_norm(float(terms[0]), batch, state, where)
+        norm = self._finite_norm(terms[0], batch, state, where)
         if clip_norm is not None:
-            clip_grads_with_norm_(self.parameters.values(), clip_norm, norm)
-        self._keep()
+            clip_grads_with_norm_(self.parameters.values(), clip_norm, torch.as_tensor(norm))
+        if self.steps % KEPT_EVERY == 0:
+            self._keep()
+        self.steps += 1
         optimizer.step()
         return terms
 
@@ -122,11 +133,11 @@ class Trained:
     def _gradients(self) -> parameters.Parameters:
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
-    def _finite_norm(self, loss: float, batch: Batch, state: Tensor, where: str) -> Tensor:
+    def _finite_norm(self, loss: float, batch: Batch, state: Tensor, where: str) -> float:
         """The norm of the gradient; when it or the loss is not finite, back to the last good weights and an error."""
         gradients = self._gradients()
-        norm = get_total_norm(gradients.values())
-        if not (isfinite(loss) and norm.isfinite()):
+        norm = get_total_norm(gradients.values()).item() if self.norm is None else self.norm
+        if not (isfinite(loss) and isfinite(norm)):
             self._raise_if_not_finite(batch, state, where)
             self.restore(self.last_good)
             bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
@@ -146,6 +157,19 @@ class Trained:
 
     def _backward(self, batch: Batch) -> tuple[float, float]:
         """Adds the gradient of the loss per datum to the parameters; the loss, and the bound."""
+        step = self.graph(batch) if self.graph is not None else None
+        # What several processes have added up has another norm than each share.
+        self.norm = None if step is None or processes.world_size() > 1 else step.norm
+        return self._backward_eagerly(batch) if step is None else self._take(step)
+
+    def _take(self, step: Step) -> tuple[float, float]:
+        for name, gradient in step.gradients.items():
+            self.parameters[name].grad = gradient
+        if isinstance(self.objective, Objective) and not isfinite(step.bound):
+            self.objective.check(Terms(torch.tensor(step.loss), step.bounds))
+        return step.loss, step.bound
+
+    def _backward_eagerly(self, batch: Batch) -> tuple[float, float]:
         if isinstance(self.objective, Objective):
             loss, bound = self.objective.terms(self.model, self.guide, *batch)
             return self._differentiate(self.per_datum(loss, batch)), bound.mean().item()
@@ -229,9 +253,9 @@ class Trained:
             sharing.synchronise(buffers)
 
     def _keep(self) -> None:
-        """Makes the state before a step the last good one: parameters into the same memory, which is faster."""
-        for name, parameter in self.parameters.items():
-            self.last_good[name].copy_(parameter.detach())
+        """Makes the state before a step a good one to go back to: parameters into the same memory, which is faster."""
+        kept = [self.last_good[name] for name in self.parameters]
+        torch._foreach_copy_(kept, [p.detach() for p in self.parameters.values()])
         for name, buffer in self.buffers().items():
             self.last_good[name] = buffer.clone()
 
