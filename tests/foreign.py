@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 NUM_DATA, BATCH_SIZE, LATENT_DIM, HIDDEN_DIM = 23, 11, 2, 13
 HEIGHT, WIDTH, NUM_CLASSES = 5, 7, 3
 PIXELS = HEIGHT * WIDTH
-NUM_STEPS, NUM_NOTES = 5, 7
+NUM_STEPS, NUM_NOTES, STATE_DIM = 2, 7, 3
 NUM_FEATURES = 3
 
 
@@ -235,20 +235,20 @@ class DeepMarkovModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.emission = nn.Sequential(
-            nn.Linear(LATENT_DIM, HIDDEN_DIM), nn.ReLU(), nn.Linear(HIDDEN_DIM, NUM_NOTES), nn.Sigmoid()
+            nn.Linear(STATE_DIM, HIDDEN_DIM), nn.ReLU(), nn.Linear(HIDDEN_DIM, NUM_NOTES), nn.Sigmoid()
         )
         self.gate = nn.Sequential(
-            nn.Linear(LATENT_DIM, HIDDEN_DIM), nn.ReLU(), nn.Linear(HIDDEN_DIM, LATENT_DIM), nn.Sigmoid()
+            nn.Linear(STATE_DIM, HIDDEN_DIM), nn.ReLU(), nn.Linear(HIDDEN_DIM, STATE_DIM), nn.Sigmoid()
         )
-        self.proposed = nn.Sequential(nn.Linear(LATENT_DIM, HIDDEN_DIM), nn.ReLU(), nn.Linear(HIDDEN_DIM, LATENT_DIM))
-        self.kept = nn.Linear(LATENT_DIM, LATENT_DIM)
-        self.scale = nn.Linear(LATENT_DIM, LATENT_DIM)
+        self.proposed = nn.Sequential(nn.Linear(STATE_DIM, HIDDEN_DIM), nn.ReLU(), nn.Linear(HIDDEN_DIM, STATE_DIM))
+        self.kept = nn.Linear(STATE_DIM, STATE_DIM)
+        self.scale = nn.Linear(STATE_DIM, STATE_DIM)
         nn.init.eye_(self.kept.weight)
         nn.init.zeros_(self.kept.bias)
         self.rnn = nn.RNN(NUM_NOTES, HIDDEN_DIM, nonlinearity="relu", batch_first=True)
-        self.to_hidden = nn.Linear(LATENT_DIM, HIDDEN_DIM)
-        self.to_loc, self.to_scale = nn.Linear(HIDDEN_DIM, LATENT_DIM), nn.Linear(HIDDEN_DIM, LATENT_DIM)
-        self.start, self.guide_start = nn.Parameter(torch.zeros(LATENT_DIM)), nn.Parameter(torch.zeros(LATENT_DIM))
+        self.to_hidden = nn.Linear(STATE_DIM, HIDDEN_DIM)
+        self.to_loc, self.to_scale = nn.Linear(HIDDEN_DIM, STATE_DIM), nn.Linear(HIDDEN_DIM, STATE_DIM)
+        self.start, self.guide_start = nn.Parameter(torch.zeros(STATE_DIM)), nn.Parameter(torch.zeros(STATE_DIM))
         self.rnn_start = nn.Parameter(torch.zeros(1, 1, HIDDEN_DIM))
 
     def transition(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,7 +272,7 @@ class DeepMarkovModel(nn.Module):
         annealing: float = 1.0,
     ) -> None:
         pyro.module("markov", self)
-        z = self.start.expand(len(x), LATENT_DIM)
+        z = self.start.expand(len(x), STATE_DIM)
         with pyro.plate("sequences", len(x)):
             for t in pyro.markov(range(x.shape[1])):
                 present = mask[:, t : t + 1]
@@ -290,7 +290,7 @@ class DeepMarkovModel(nn.Module):
     ) -> None:
         pyro.module("markov", self)
         futures = self.futures(reversed_x, lengths, x.shape[1])
-        z = self.guide_start.expand(len(x), LATENT_DIM)
+        z = self.guide_start.expand(len(x), STATE_DIM)
         with pyro.plate("sequences", len(x)):
             for t in pyro.markov(range(x.shape[1])):
                 h = (self.to_hidden(z).tanh() + futures[:, t]) / 2

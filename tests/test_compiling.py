@@ -149,24 +149,24 @@ class Counting:
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "if": (lambda x: (x if x.sum() > 0 else -x,), r"reads the value of a tensor \(bool\)"),
-    "item": (lambda x: (x if x.sum().item() > 0 else -x,), r"reads the value of a tensor \(bool\)"),
-    "item of integers": (lambda x: (x * x.argmax().item(),), r"reads the value of a tensor \(local_scalar_dense\)"),
-    "float": (lambda x: (x * float(PARAMETER[0]),), r"reads the value of a tensor \(float\)"),
+    "if": (lambda x: (x if x.sum() > 0 else -x,), r"reads the value of a tensor \(bool\) in "),
+    "item": (lambda x: (x if x.sum().item() > 0 else -x,), r"reads the value of a tensor \(bool\) in "),
+    "item of integers": (lambda x: (x * x.argmax().item(),), r"reads the value of a tensor \(local_scalar_dense\) in "),
+    "float": (lambda x: (x * float(PARAMETER[0]),), r"reads the value of a tensor \(float\) in "),
     "format": (lambda x: (x * float(f"{x.sum():.3f}"),), "reads the value of a tensor"),
     "round": (lambda x: (x * round(x.sum().item(), 2),), r"recording it failed \(TypeError: .*__round__"),
-    "int": (lambda x: (x * int(x.sum()),), r"reads the value of a tensor \(int\)"),
+    "int": (lambda x: (x * int(x.sum()),), r"reads the value of a tensor \(int\) in "),
     "index": (lambda x: (x.new_ones(3)[x.long().sum() * 0 :],), r"reads the value of a tensor"),
-    "numpy": (lambda x: (torch.from_numpy(np.exp(x.numpy())),), r"reads the value of a tensor \(numpy\)"),
-    "asarray": (lambda x: (torch.from_numpy(np.asarray(x) + 1),), r"reads the value of a tensor \((array|numpy)\)"),
-    "list": (lambda x: (torch.tensor(x.tolist()),), r"reads the value of a tensor \(tolist\)"),
-    "in": (lambda x: (x * (1.0 in x),), r"reads the value of a tensor \(contains\)"),
+    "numpy": (lambda x: (torch.from_numpy(np.exp(x.numpy())),), r"reads the value of a tensor \(numpy\) in "),
+    "asarray": (lambda x: (torch.from_numpy(np.asarray(x) + 1),), r"reads the value of a tensor \((array|numpy)\) in "),
+    "list": (lambda x: (torch.tensor(x.tolist()),), r"reads the value of a tensor \(tolist\) in "),
+    "in": (lambda x: (x * (1.0 in x),), r"reads the value of a tensor \(contains\) in "),
     "all close": (lambda x: (x * torch.allclose(x, x + 1),), r"reads the value of a tensor"),
-    "equal": (lambda x: (x * torch.equal(x, x),), r"reads the value of a tensor \(equal\)"),
+    "equal": (lambda x: (x * torch.equal(x, x),), r"reads the value of a tensor \(equal\) in "),
     "mask": (lambda x: (x[x > 0].sum(),), r"shape of a tensor in it depends on values \(index\)"),
     "nonzero": (lambda x: (x * len(x.nonzero()),), r"shape of a tensor in it depends on values \(nonzero\)"),
     "unique": (lambda x: (x.unique().sum(),), "shape of a tensor in it depends on values"),
-    "random": (lambda x: (x * random.random(),), "does not do the same in every run"),  # noqa: S311
+    "random": (lambda x: (x * random.random(),), "does not do the same in every run"),
     "numpy's random": (lambda x: (x * np.random.rand(),), "does not do the same in every run"),  # noqa: NPY002
     "random tensor": (lambda x: (x * torch.tensor(random.random()),), "numbers that are not torch's"),
     "array of random": (lambda x: (x * torch.from_numpy(np.random.rand(2)),), "numbers that are not torch's"),  # noqa: NPY002
@@ -365,6 +365,7 @@ def trained(make: Callable[[], Any], data: tuple[Any, ...], **options: Any) -> S
     torch.manual_seed(3)
     random.seed(3)
     pair = make()
+    options["objective"] = options.get("objective", Trace_ELBO)()
     history = fit(pair.model, pair.guide, *data, seed=None, **(OPTIONS | options))
     modules = [value for value in vars(pair).values() if isinstance(value, nn.Module)]
     modules += [pair] if isinstance(pair, nn.Module) else []
@@ -417,7 +418,7 @@ def learned(form: str) -> Any:
 @pytest.mark.parametrize("objective", [Trace_ELBO, lambda: DReG(num_particles=3)], ids=["elbo", "dreg"])
 def test_every_form_of_a_pair(form: str, objective: Any, graphs_as_recorded: list[Any]) -> None:
     x = pairs.simulated(pairs.linear_gaussian())
-    check_compiled(lambda: learned(form), (x,), objective=objective(), epochs=4)
+    check_compiled(lambda: learned(form), (x,), objective=objective, epochs=4)
     assert len(graphs_as_recorded) == 1
 
 
@@ -425,7 +426,6 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "several at once": lambda: Trace_ELBO(num_particles=3, vectorize_particles=True),
     "several in turn": lambda: Trace_ELBO(num_particles=2),
     "mean field": TraceMeanField_ELBO,
-    "enumerated": TraceEnum_ELBO,
     "iwae": lambda: IWAE(num_particles=3),
     "stl": StickingTheLanding,
     "vimco": lambda: VIMCO(num_particles=3),
@@ -441,8 +441,7 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
 def test_every_objective(name: str, x: Tensor, graphs_as_recorded: list[Any]) -> None:
     """A schedule is followed step by step, of the objective and of the learning rate; with a shorter last batch."""
     options: dict[str, Any] = {"validation": x[:13], "learning_rate": lambda t: 1e-2 * 0.1**t}
-    make = lambda: small_vae().double()  # noqa: E731
-    check_compiled(make, (x.double(),), objective=OBJECTIVES[name](), **options)
+    check_compiled(small_vae, (x,), objective=OBJECTIVES[name], tolerance=1e-5, **options)
     assert len(graphs_as_recorded) == 1
 
 
@@ -451,7 +450,7 @@ def test_a_schedule_that_stands_still_would_be_noticed(
 ) -> None:
     monkeypatch.setattr(BetaELBO, "at", lambda self, pair, args, *numbers: self._terms(pair, args))
     with pytest.raises(AssertionError):
-        check_compiled(lambda: small_vae().double(), (x.double(),), objective=BetaELBO(lambda t: 1.0 + t * t))
+        check_compiled(small_vae, (x,), objective=lambda: BetaELBO(lambda t: 1.0 + t * t), tolerance=1e-5)
 
 
 class Flipping:
@@ -489,15 +488,15 @@ class Classes:
         pass
 
 
-@pytest.mark.parametrize("objective", [Trace_ELBO(), VIMCO(num_particles=3)], ids=["score", "vimco"])
+@pytest.mark.parametrize("objective", [Trace_ELBO, lambda: VIMCO(num_particles=3)], ids=["score", "vimco"])
 def test_a_discrete_latent(objective: Any, x: Tensor, graphs_as_recorded: list[Any]) -> None:
     check_compiled(Flipping, (x.double(),), objective=objective)
     assert len(graphs_as_recorded) == 1
 
 
 def test_a_discrete_latent_that_is_summed_out(x: Tensor, graphs_as_recorded: list[Any]) -> None:
-    check_compiled(Classes, (x.double(),), objective=TraceEnum_ELBO(max_plate_nesting=1))
-    assert len(graphs_as_recorded) == 1
+    reason = r"reads the value of a tensor \(bool\) in compute_expectation"
+    check_eager(Classes, (x.double(),), reason, objective=TraceEnum_ELBO)
 
 
 def programs(make: Callable[[], tuple[nn.Module, Any]]) -> Any:
@@ -544,11 +543,15 @@ def _of_branch(self: Any, x: Tensor) -> Any:
 
 
 STEPS: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
-    "if": (lambda: Around(_of_branch), r"reads the value of a tensor \(bool\)", {}),
-    "float": (lambda: Around(lambda self, x: 1 + float(x.mean())), r"reads the value of a tensor \(float\)", {}),
-    "numpy": (lambda: Around(lambda self, x: x.numpy().mean().item()), r"reads the value of a tensor \(numpy\)", {}),
+    "if": (lambda: Around(_of_branch), r"reads the value of a tensor \(bool\) in ", {}),
+    "float": (lambda: Around(lambda self, x: 1 + float(x.mean())), r"reads the value of a tensor \(float\) in ", {}),
+    "numpy": (
+        lambda: Around(lambda self, x: x.numpy().mean().item()),
+        r"reads the value of a tensor \(numpy\) in ",
+        {},
+    ),
     "mask": (lambda: Around(lambda self, x: 1 + x[x > 0].mean()), "depends on values", {}),
-    "random": (lambda: Around(lambda self, x: random.random()), "does not do the same in every run", {}),  # noqa: S311
+    "random": (lambda: Around(lambda self, x: random.random()), "does not do the same in every run", {}),
     "seed": (lambda: Around(lambda self, x: torch.manual_seed(5) and torch.rand(())), "gives other numbers", {}),
     "batch normalisation": (
         lambda: small_vae(encoder=nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(4))),
@@ -558,23 +561,27 @@ STEPS: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
     "batch normalisation, weighted": (
         lambda: small_vae(encoder=nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(4))),
         "as a batch normalisation in training mode does",
-        {"objective": AnalyticKL()},
+        {"objective": AnalyticKL},
     ),
-    "recorded": (small_vae, "JitTrace_ELBO records the programs itself", {"objective": JitTrace_ELBO()}),
+    "recorded": (
+        small_vae,
+        "JitTrace_ELBO records the programs itself",
+        {"objective": lambda: JitTrace_ELBO(ignore_jit_warnings=True)},
+    ),
     "renyi": (
         small_vae,
         "RenyiELBO computes its gradient itself",
-        {"objective": RenyiELBO(num_particles=2, vectorize_particles=True)},
+        {"objective": lambda: RenyiELBO(num_particles=2, vectorize_particles=True)},
     ),
     "in parts": (
         small_vae,
         "max_particles_at_once has particles computed again",
-        {"objective": IWAE(num_particles=3, max_particles_at_once=2)},
+        {"objective": lambda: IWAE(num_particles=3, max_particles_at_once=2)},
     ),
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*Jit:UserWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.*:FutureWarning")
 @pytest.mark.parametrize("name", STEPS)
 def test_what_is_not_compiled_is_trained_as_ever(name: str, x: Tensor, graphs_as_recorded: list[Any]) -> None:
     make, reason, options = STEPS[name]
@@ -604,14 +611,14 @@ def test_batches_of_many_lengths_and_of_other_things_than_tensors(x: Tensor, gra
 def test_semi_supervised_learning_is_compiled_or_trained_as_ever(x: Tensor, graphs_as_recorded: list[Any]) -> None:
     label = torch.arange(NUM_DATA) % 6 - 1
     make = lambda: pv.M2(7, 5, 2, hidden_dims=(5,))  # noqa: E731
-    check_eager(make, (x, label), "reads the value of a tensor", objective=pv.SemiSupervisedELBO(3.0))
+    check_eager(make, (x, label), "reads the value of a tensor", objective=lambda: pv.SemiSupervisedELBO(3.0))
 
 
 def test_a_dropout_is_on_and_new_in_every_step(x: Tensor, graphs_as_recorded: list[Any]) -> None:
-    make = lambda: small_vae(encoder=nn.Sequential(nn.Dropout(0.5), nn.Linear(7, 4))).double()  # noqa: E731
-    check_compiled(make, (x.double(),))
+    make = lambda: small_vae(encoder=nn.Sequential(nn.Dropout(0.5), nn.Linear(7, 4)))  # noqa: E731
+    check_compiled(make, (x,), tolerance=1e-5)
     pair = make()
-    batches = Batches((x.double(),), NUM_DATA)
+    batches = Batches((x,), NUM_DATA)
     step = Trained(pair.model, pair.guide, AnalyticKL(), batches, compile=True)
     optimizer = torch.optim.SGD(step.parameters.values(), lr=0.0)
     losses = []
@@ -672,13 +679,13 @@ def test_a_run_goes_on_where_it_stopped_compiled_or_not(
     compile: bool, x: Tensor, tmp_path: Path, graphs_as_recorded: list[Any]
 ) -> None:
     """From a checkpoint of the other kind, and of the same."""
-    make = lambda: small_vae().double()  # noqa: E731
-    options = {"objective": VIMCO(num_particles=2), "learning_rate": 1e-2, "validation": x[:7].double()}
-    whole = trained(make, (x.double(),), compile=compile, **options, epochs=4)
+    data, tail = (x[:33],), {"validation": x[33:40]}
+    whole = trained(small_vae, data, compile=compile, objective=lambda: VIMCO(num_particles=2), **tail, epochs=4)
     for first in (False, True):
-        options["checkpoint"] = tmp_path / f"{compile} {first}"
-        trained(make, (x.double(),), compile=first, **options, epochs=2)
-        check_same(trained(make, (x.double(),), compile=compile, resume=True, **options, epochs=4), whole, 1e-9)
+        options = tail | {"checkpoint": tmp_path / f"{first}", "objective": lambda: VIMCO(num_particles=2)}
+        trained(small_vae, data, compile=first, **options, epochs=2)
+        resumed = trained(small_vae, data, compile=compile, resume=True, **options, epochs=4)
+        check_same(resumed, whole, 1e-5)
 
 
 def failing(make: Callable[[], Any], x: Tensor, **options: Any) -> list[str]:
@@ -747,4 +754,4 @@ def guide(x):
             found.append(fit(cell["model"], cell["guide"], x, compile=compile, **OPTIONS).loss)
         assert found[0] == pytest.approx(found[1], rel=1e-5)
         losses.add(found[1][-1])
-    assert len(losses) == len(edits) - 0
+    assert len(losses) == len(edits) - 1  # the last undoes

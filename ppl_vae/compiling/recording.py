@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -95,8 +97,13 @@ def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Rec
         outputs.append(tuple(t.detach() for t in found))
         return found
 
-    # The test for NaN that Pyro warns after would read a value.
-    with pyro.validation_enabled(False), mock.patch.object(pyro.util, "torch_isnan", return_value=False):
+    # The test for NaN that Pyro warns after would read a value, as would a distribution that was made while checks were
+    # on, a PyroSample's, say.
+    with (
+        pyro.validation_enabled(False),
+        mock.patch.object(pyro.util, "torch_isnan", return_value=False),
+        mock.patch.object(torch.distributions.Distribution, "_validate_sample", return_value=None),
+    ):
         graph = make_fx(watched)(*inputs)
     lifted = _lift(graph)
     _own_outputs(graph, outputs[0])
@@ -113,7 +120,7 @@ class _Reads(TorchFunctionMode):
         if func is Tensor.item and args[0].is_floating_point():
             return args[0].detach().reshape(())  # Pyro's ELBOs add up their losses as numbers
         if func in _READERS:
-            raise NotCompiled(f"it reads the value of a tensor ({_READERS[func].strip('_')}) while it runs")
+            raise NotCompiled(_read_by(_READERS[func]))
         return func(*args, **(kwargs or {}))
 
 
@@ -130,9 +137,7 @@ class _Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READING_OPERATIONS:
-            raise NotCompiled(
-                f"it reads the value of a tensor ({func.overloadpacket.__name__.strip('_')}) while it runs"
-            )
+            raise NotCompiled(_read_by(func.overloadpacket.__name__))
         if torch.Tag.dynamic_output_shape in func.tags and not _is_plain_indexing(func, args):
             # At once, for whoever wants but the length of such a tensor leaves no trace in the graph.
             name = func.overloadpacket.__name__
@@ -167,6 +172,14 @@ def _tensors(of: Any) -> list[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _read_by(name: str) -> str:
+    """The sentence about a read, with the line of the innermost program that is none of torch's."""
+    own = (str(Path(torch.__file__).parent), __file__)
+    place = next(frame for frame in reversed(traceback.extract_stack()) if not frame.filename.startswith(own))
+    file = Path(place.filename).name
+    return f"it reads the value of a tensor ({name.strip('_')}) in {place.name} ({file}, line {place.lineno})"
 
 
 def _lift(graph: GraphModule) -> list[Tensor]:

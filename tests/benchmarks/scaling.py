@@ -9,6 +9,7 @@ all of `importance_sampling`, looking at the pair included. The picture has one 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,8 @@ def main() -> None:
         ):
             ax.loglog(values, medians[compiled], marker, color=colour, label=name)
         pv.plots.axes.label_axes(ax, size, cost)
+        every = [*medians[False], *medians[True]]
+        ax.set_ylim(10 ** math.floor(math.log10(min(every))), 10 ** math.ceil(math.log10(max(every))))
         ax.set_xticks(values, [f"{value:,}" for value in values])
         ax.minorticks_off()
     axes.flat[0].legend(frameon=False)
