@@ -157,7 +157,7 @@ def _program(recording: Recording, inputs: tuple[Tensor, ...]) -> Callable[..., 
     return _PROGRAMS[key]
 
 
-def _as_shapes(tensors: list[Tensor]) -> list[Tensor]:
+def _as_shapes(tensors: list[Tensor]) -> list[Any]:
     """Tensors without values, in the form in which the compiler finds on the disk what it has compiled before."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     return [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
