@@ -7,6 +7,9 @@ from functools import partial
 from math import inf
 from typing import Any
 
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppl_vae.compiling import Compiled, Outputs
@@ -64,7 +67,9 @@ class Graphs:
 
     def _draw(self, num_samples: int, *tensors: Tensor) -> Outputs:
         args = self._args(tensors)
-        z, log_q = self.pair.draw(self.pair.encode(*args), *args, num_samples=num_samples)
+        with _Still():
+            encoded = self.pair.encode(*args)
+        z, log_q = self.pair.draw(encoded, *args, num_samples=num_samples)
         self.names = list(z)
         return (*z.values(), log_q)
 
@@ -107,6 +112,14 @@ class PathGraphs:
             return found
 
         return run
+
+
+class _Still(Messenger):
+    """Lets the guide say what it has to say of the data without a draw, which nobody wants, and which takes numbers."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and not site_is_subsample(msg):
+            msg["value"] = torch.zeros(msg["fn"].shape())
 
 
 def _tensors(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
