@@ -191,7 +191,7 @@ def test_what_a_graph_would_get_wrong_is_refused_with_one_warning(name: str, gra
     fast = Compiled(function, what="the function")
     with pytest.warns(
         UserWarning, match=f"^The function is not compiled, because .*({reason}).* It runs eager"
-    ) as said:
+    ) as said:  # noqa: PT031
         assert fast(x) is None
         assert fast(x) is None
     assert len(said) == 1
@@ -761,8 +761,11 @@ def test_by_the_compiler_the_gradient_is_that_of_an_eager_step(x: Tensor) -> Non
 
 
 @needs_compiler
-def test_by_the_compiler_what_cannot_be_differentiated_and_what_is_tied(x: Tensor) -> None:
-    check_compiled(Flipping, (x.double(),), objective=lambda: VIMCO(num_particles=3), epochs=2)
+def test_what_the_compiler_draws_in_another_way_is_refused() -> None:
+    """It makes a Bernoulli's number of a uniform one in float32, whatever is asked for."""
+    x = torch.full((5,), 0.4, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="other numbers than the program, .* a Bernoulli's in float64"):
+        assert Compiled(lambda x: (torch.bernoulli(x),), what="it")(x) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -775,12 +778,12 @@ def scored(pair: Any, x: Tensor, compile: bool, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("num_samples", [3, 1031])
-def test_evidence_is_that_of_an_eager_run(
-    num_samples: int, x: Tensor, graphs_as_recorded: list[Any], rng_unchanged: None
-) -> None:
+def test_evidence_is_that_of_an_eager_run(num_samples: int, x: Tensor, graphs_as_recorded: list[Any]) -> None:
     """Over several blocks, of which the last is not full; the first run on each datum is eager, for validation."""
     vae = small_vae()
+    state = torch.get_rng_state()
     found = scored(vae, x, True, num_samples=num_samples, max_rows=97)
+    assert torch.equal(torch.get_rng_state(), state)
     expected = scored(vae, x, False, num_samples=num_samples, max_rows=97)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert len(graphs_as_recorded) >= 1

@@ -124,7 +124,8 @@ def _run(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Callab
         found = run(*inputs)
     if not _close(found, recording.outputs):
         raise NotCompiled(
-            "its graph gives other numbers than the program, as when random numbers are set back inside of it"
+            "its graph gives other numbers than the program, as when random numbers are set back inside of it, or "
+            "are a Bernoulli's in float64"
         )
     return run
 

@@ -93,7 +93,7 @@ def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Rec
 
     def watched(*args: Tensor) -> Outputs:
         with _Values(), _Reads():
-            found = function(*args)
+            found = tuple(function(*args))
         outputs.append(tuple(t.detach() for t in found))
         return found
 
