@@ -191,7 +191,7 @@ def test_what_a_graph_would_get_wrong_is_refused_with_one_warning(name: str, gra
     fast = Compiled(function, what="the function")
     with pytest.warns(
         UserWarning, match=f"^The function is not compiled, because .*({reason}).* It runs eager"
-    ) as said:  # noqa: PT031
+    ) as said:
         assert fast(x) is None
         assert fast(x) is None
     assert len(said) == 1

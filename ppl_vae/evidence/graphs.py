@@ -62,7 +62,6 @@ class Graphs:
         """Slices of one length that cover `num_samples`, where there is such a length; else the last is shorter."""
         most = max(1, self.rows // width)
         length = next((n for n in range(most, most // 2, -1) if num_samples % n == 0), most)
-
         return (slice(start, min(start + length, num_samples)) for start in range(0, num_samples, length))
 
     def _draw(self, num_samples: int, *tensors: Tensor) -> Outputs:
@@ -88,13 +87,14 @@ class Graphs:
 class PathGraphs:
     """The ends of a path and their slopes, for the blocks of one call.
 
-    A block's graph holds its data, so each block is recorded; compiled is the first. A last block that is shorter runs
-    eagerly, as it would not be worth a graph of its own.
+    A block's graph holds its data, so each block is recorded; compiled and verified is the first, which all that comes
+    after has in common. A last block that is shorter runs eagerly, as it would not be worth a graph of its own.
     """
 
     def __init__(self) -> None:
         self.batch: int | None = None
         self.stopped = False
+        self.verified: set[int] = set()
 
     def of(self, at: Callable[[Tensor], Outputs], batch: int) -> Callable[[Tensor], Outputs | None] | None:
         """`at` as a graph for each number of chains, which returns None where it has to run eagerly."""
@@ -106,8 +106,11 @@ class PathGraphs:
         def run(u: Tensor) -> Outputs | None:
             if self.stopped:
                 return None
-            graph = graphs.setdefault(len(u), Compiled(at, what="annealing"))
+            if len(u) not in graphs:
+                graphs[len(u)] = Compiled(at, what="annealing", verified=len(u) in self.verified)
+            graph = graphs[len(u)]
             found = graph(u)
+            self.verified.add(len(u))
             self.stopped = graph.cause is not None
             return found
 
