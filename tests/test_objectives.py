@@ -65,7 +65,8 @@ def terms(objective: Objective, model: Any, guide: Any, x: Tensor, compile: bool
     if not compile:
         return objective.terms(model, guide, x)
     pair = objective.pair(model, guide, x)
-    found = Compiled(lambda *batch: objective.at(pair, batch), what="the bound")(x)
+    numbers = [torch.tensor(number, dtype=torch.float64) for number in objective.numbers()]
+    found = Compiled(lambda x, *numbers: objective.at(pair, (x,), *numbers), what="the bound")(x, *numbers)
     assert found is not None
     return Terms(*found)
 
