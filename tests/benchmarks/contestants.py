@@ -134,8 +134,8 @@ def trainers(x: Tensor) -> dict[str, Callable[[], float]]:
     def bare() -> None:
         for index in torch.randperm(len(x)).split(BATCH):
             _, _, *gradients = graph.compiled(x.index_select(0, index)) or ()
-            for name, gradient in zip(graph.given, gradients, strict=True):
-                trained[name].grad = gradient
+            for parameter, gradient in zip(trained.values(), gradients, strict=True):
+                parameter.grad = gradient
             adam.step()
 
     def by_graph() -> float:
