@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ppl_vae as pv
+from ppl_vae import parameters
+from ppl_vae.precision import fast_and_exact
+from ppl_vae.training.graphs import Graph
 
 PIXELS, HIDDEN, LATENT, BATCH = 784, (400, 400), 50, 128
 SAMPLES, CHUNKS = 1000, (10, 100, 1000)
@@ -66,7 +69,7 @@ class Plain:
 
 
 @contextmanager
-def precision(name: str) -> Iterator[None]:
+def matmul_precision(name: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:
@@ -96,6 +99,28 @@ def step_of_fit(pair: Any, x: Tensor, *, batch_size: int = BATCH, compile: bool)
     return (time.perf_counter() - starts[steps]) / steps
 
 
+def bare_steps(x: Tensor) -> Callable[[], float]:
+    """Seconds of a step of what `fit` compiles and of its optimiser alone, on a batch that lies ready."""
+    ours, batch = vae(), x[:BATCH]
+    weights, *_ = parameters.find(ours.model, ours.guide, (batch,))
+    graph = Graph(ours.model, ours.guide, Trace_ELBO(), weights, lambda loss, batch: loss / len(batch[0]))
+    adam = torch.optim.Adam(weights.values(), 1e-3, fused=True)
+
+    def step() -> None:
+        gradients = graph.compiled(batch)[-len(graph.given) :]
+        for name, gradient in zip(graph.given, gradients, strict=True):
+            weights[name].grad = gradient
+        adam.step()
+
+    def timed() -> float:
+        with fast_and_exact():
+            graph((batch,))
+            steps = len(x) // BATCH
+            return seconds(lambda: [step() for _ in range(steps)]) / steps
+
+    return timed
+
+
 def trainers(x: Tensor) -> dict[str, Callable[[], float]]:
     """Seconds of a step in one epoch, by contestant."""
     ours, plain = vae(), Plain()
@@ -119,13 +144,14 @@ def trainers(x: Tensor) -> dict[str, Callable[[], float]]:
                 adam.step()
 
         def timed() -> float:
-            with precision(compiled or "highest"):
+            with matmul_precision(compiled or "highest"):
                 return seconds(epoch) / len(loader)
 
         return timed
 
     return {
         "fit(compile=True)": lambda: step_of_fit(ours, x, compile=True),
+        "... its graph and optimiser alone, one batch": bare_steps(x),
         "fit(compile=True) of a pair in plain Pyro": lambda: step_of_fit(plain, x, compile=True),
         "fit": lambda: step_of_fit(ours, x, compile=False),
         "Pyro: SVI, DataLoader": by_pyro,
@@ -168,7 +194,7 @@ def gemm_rate() -> float:
 
     def rate(m: int, k: int, n: int, name: str) -> float:
         a, b = torch.randn(m, k), torch.randn(n, k)
-        with precision(name):
+        with matmul_precision(name):
             return 2 * m * k * n / min(seconds(lambda: a @ b.T) for _ in range(10))
 
     shapes = ((1000, 400, 784), (2048, 2048, 2048))
