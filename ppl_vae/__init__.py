@@ -4,13 +4,13 @@ One idea: a pair is two Pyro programs, `model(x)` and `guide(x)`, and everything
 says what is believed, the right side does inference with whatever pair it is given, and neither imports the other:
 
        programs (what is believed)                               inference (what is done with any pair)
-    0  networks  likelihoods  distributions                      scoring  pareto
+    0  networks  likelihoods  distributions                      scoring  pareto  compiling
     1  priors  posteriors                                        proposals  parameters  batches  objectives
     2  coin  vae  linear_gaussian  hierarchical  conditional     evidence  training
     3  autoencoder  semi_supervised                              gaps  diagnostics
     4  storage
 
-       neither: isolation  data  files  plots  processes  reporting
+       neither: isolation  precision  processes  data  files  plots  reporting
        both: comparing  cli  and this file
 
 A room imports from rooms below it on its own side and from those of neither side.
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         cli,
         coin,
         comparing,
+        compiling,
         conditional,
         data,
         diagnostics,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         pareto,
         plots,
         posteriors,
+        precision,
         priors,
         processes,
         proposals,
@@ -139,6 +141,7 @@ __all__ = [
     "coin",
     "compare",
     "comparing",
+    "compiling",
     "conditional",
     "data",
     "diagnose",
@@ -165,6 +168,7 @@ __all__ = [
     "pareto",
     "plots",
     "posteriors",
+    "precision",
     "priors",
     "processes",
     "proposals",

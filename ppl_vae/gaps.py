@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ppl_vae.evidence import WeightStream
-from ppl_vae.evidence.annealing import Path
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, looked_at, root_seed, start_from
+from ppl_vae.evidence.path import Path
 from ppl_vae.proposals import Density, Guide
 from ppl_vae.proposals.families import DiagonalNormal, Family
 from ppl_vae.proposals.local import Local

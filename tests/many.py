@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -156,7 +157,7 @@ def gradients(folder: Path) -> Found:
             optimizer = torch.optim.SGD(trained.parameters.values(), lr=1e-2)
             pyro.set_rng_seed(1)
             terms = [trained.step(optimizer, b, None, "a step") for _ in range(2) for b in batches]
-        found[name] = {**stored(), "terms": torch.stack(terms)}
+        found[name] = {**stored(), "terms": torch.tensor(terms, dtype=torch.float64)}
     return found
 
 
@@ -188,10 +189,13 @@ class ItemByItem(Dataset[Tensor]):
 def sources(folder: Path) -> Found:
     """Which data this process gets of two epochs, and of whole batches, from sources of every kind."""
     items = ItemByItem()
+    path = folder / f"rows {os.getpid()}.npy"
+    np.save(path, np.arange(NUM_DATA, dtype=np.float32)[:, None])
     rows: dict[str, Any] = {
         "tensors": torch.arange(NUM_DATA),
         "tensor dataset": TensorDataset(torch.arange(NUM_DATA)),
         "dataset": items,
+        "file": pv.data.MemoryMapped(path),
         "loader": DataLoader(items, BATCH, shuffle=True),
     }
     if processes.world_size() > 1:
@@ -200,8 +204,8 @@ def sources(folder: Path) -> Found:
     for name, source in rows.items():
         batches = Batches((source,), BATCH)
         torch.manual_seed(processes.rank())
-        epochs = [[x.tolist() for (x,) in batches] for _ in range(2)]
-        found[name] = {"epochs": epochs, "dealt": {n: x.tolist() for n, (x,) in batches.dealt()}, "len": len(batches)}
+        epochs = [[x.flatten().tolist() for (x,) in batches] for _ in range(2)]
+        found[name] = {"epochs": epochs, "dealt": {n: x.flatten().tolist() for n, (x,) in batches.dealt()}}
     return found
 
 

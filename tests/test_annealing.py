@@ -18,9 +18,10 @@ from torch import Tensor
 
 import ppl_vae as pv
 from ppl_vae import coin
-from ppl_vae.evidence import annealed_importance_sampling, annealing, importance_sampling
-from ppl_vae.evidence.annealing import Path, Schedule, State, Work
+from ppl_vae.evidence import annealed_importance_sampling, importance_sampling
+from ppl_vae.evidence.annealing import Work
 from ppl_vae.evidence.blocks import Block, blocks, looked_at
+from ppl_vae.evidence.path import PILOT_CESS, Path, Schedule, State, _largest_step
 from ppl_vae.evidence.stream import COLUMNS
 from ppl_vae.proposals import Defensive, Guide, Prior, Proposal, StudentT, Widened
 from ppl_vae.scoring.coordinates import Coordinates
@@ -694,10 +695,10 @@ def test_a_uniform_guide_has_no_slope() -> None:
 def test_the_largest_step_keeps_the_conditional_ess() -> None:
     log_ratio = torch.randn(1009, 3, generator=torch.Generator().manual_seed(1)).double() * torch.tensor([0.01, 2, 300])
     most = torch.ones(3).double()
-    rise = annealing._largest_step(log_ratio, most)
+    rise = _largest_step(log_ratio, most)
     assert rise[0] == 1
     for datum in (1, 2):
         w = (rise[datum] * log_ratio[:, datum]).exp()
-        assert w.sum() ** 2 / w.square().sum() / len(w) == pytest.approx(annealing.PILOT_CESS, abs=1e-6)
+        assert w.sum() ** 2 / w.square().sum() / len(w) == pytest.approx(PILOT_CESS, abs=1e-6)
     log_ratio[::2, 1] = -torch.inf  # chains where the model is impossible do not stop the others
-    assert annealing._largest_step(log_ratio, most)[1] > 0.01
+    assert _largest_step(log_ratio, most)[1] > 0.01

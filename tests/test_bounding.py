@@ -27,7 +27,7 @@ from ppl_vae.evidence import (
     mode_check,
     sandwich,
 )
-from ppl_vae.evidence.annealing import Path, Schedule
+from ppl_vae.evidence.path import Path, Schedule
 from ppl_vae.evidence.simulation import simulate
 
 FEW = {"num_chains": 5, "num_temperatures": 4, "num_leapfrog": 2}

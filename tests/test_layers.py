@@ -27,7 +27,7 @@ INFERENCE = [
     ["gaps", "diagnostics"],
     [],
 ]
-NEITHER = [["isolation", "precision", "data", "files", "plots", "processes"], ["reporting"]]
+NEITHER = [["isolation", "precision", "processes", "data", "files", "plots"], ["reporting"]]
 BOTH = [["comparing"], ["cli"], ["__init__"]]
 
 PLACE = {

@@ -203,6 +203,9 @@ def test_bad_rows_are_refused_when_they_are_read(saved: Callable[[np.ndarray], P
             _ = mapped[index]
     with pytest.raises(ValueError, match="row 71 of"):
         list(Batches((mapped,), 16))
+    with pytest.raises(ValueError, match=r"row 1 of .* holds inf"):
+        _ = MemoryMapped(saved(np.array([[0.0], [1e300]])))[:]
+    mapped = MemoryMapped(saved(array))
     lg = pv.LinearGaussian(torch.zeros(3, 2), mean=0.0, noise=1.0)
     with pytest.raises(ValueError, match="row 71 of"):
         pv.importance_sampling(lg.model, lg.guide, mapped, num_samples=2)

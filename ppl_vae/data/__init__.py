@@ -61,6 +61,8 @@ def load(name: str | Path, *, root: str | Path | None = None, download: bool = F
     Folders: the .png, .jpg, .jpeg and .bmp files directly in it, in the order of their names, of one size and
     8 bits. They are grey if all are grey; transparency is dropped.
 
+    All of it is read; a file that is larger than memory is left where it is by `MemoryMapped`.
+
     What has no split of its own is split 80/20 by a permutation seeded with `split_seed`.
 
     Args:

@@ -82,7 +82,8 @@ class MemoryMapped(Dataset[tuple[Tensor, ...]]):
 
     def __getitem__(self, index: int | slice | Tensor) -> tuple[Tensor, ...]:
         places = np.asarray(index) if isinstance(index, Tensor) else index
-        found = torch.from_numpy(np.array(self.rows[places], dtype=self.rows.dtype if self.levels else np.float32))
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
+            found = torch.from_numpy(np.array(self.rows[places], self.rows.dtype if self.levels else np.float32))
         self._check(found, index)
         if self.rows.ndim == 4 and self.rows.shape[1] != 3:
             found = found.movedim(-1, -3)

@@ -58,13 +58,18 @@ class Block:
         return scoring.widened(self.args, self.width)
 
 
-def blocks(pair: Pair, args: tuple[Any, ...], size: int) -> Iterator[Block]:
-    """The data in blocks of `size`; as one for a pair that runs on all its data or not at all."""
+def blocks(pair: Pair, args: tuple[Any, ...], size: int, *, dealt: bool = False) -> Iterator[Block]:
+    """The data in blocks of `size`; as one for a pair that runs on all its data or not at all.
+
+    When `dealt`, of several processes each gets every n-th block, and reads no other data.
+    """
     num_data = len(args[0])
+    first, step = (processes.rank(), processes.world_size()) if dealt else (0, 1)
     if not pair.splits:
-        yield Block(0, args, num_data)
+        if first == 0:
+            yield Block(0, args, num_data)
         return
-    for start in range(0, num_data, size):
+    for start in range(first * size, num_data, step * size):
         some = scoring.rows(args, slice(start, start + size))
         if scoring.is_dataset(args):
             scoring.check_data(*some)
@@ -74,16 +79,15 @@ def blocks(pair: Pair, args: tuple[Any, ...], size: int) -> Iterator[Block]:
 def gathered(
     num_columns: int, args: tuple[Any, ...], parts: Iterator[Block], compute: Callable[[Block], Tensor]
 ) -> Tensor:
-    """What is computed of every block, `(num_columns, its data)`, as float64 `(num_columns, all data)`.
+    """What is computed of the blocks dealt out, `(num_columns, its data)`, as float64 `(num_columns, all data)`.
 
-    Of several processes each computes every n-th block, and all get all: nothing is padded, and only one process adds
-    to a column, so that the result is that of one process to the last bit.
+    All of several processes get all: nothing is padded, and only one process adds to a column, so that the result is
+    that of one process to the last bit.
     """
     # Made beforehand: small results kept between large temporaries would hold on to the memory of those.
     with processes.summing(num_columns, len(args[0]), device=scoring.rows(args, slice(1))[0].device) as total:
-        for number, block in enumerate(parts):
-            if number % processes.world_size() == processes.rank():
-                total[:, block.start : block.start + len(block.args[0])] = compute(block)
+        for block in parts:
+            total[:, block.start : block.start + len(block.args[0])] = compute(block)
     return total
 
 

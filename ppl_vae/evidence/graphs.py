@@ -1,9 +1,10 @@
-"""Drawing from the guide and scoring what was drawn, as two compiled graphs."""
+"""Drawing from the guide, scoring what was drawn, and the gradients along a path, as compiled graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from math import inf
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ ROWS = 512
 
 
 class Graphs:
-    """Both graphs, for blocks of one width; None where draws or weights have to be found eagerly.
+    """Drawing and scoring, for blocks of one width; None where draws or weights have to be found eagerly.
 
     Args:
         pair: that was looked at.
@@ -33,6 +34,8 @@ class Graphs:
         self.others: tuple[Any, ...] = ()
         if not isinstance(proposal, Guide):
             self.scoring.give_up(f"{proposal} is fitted to each block of data")
+        elif pair.layout.most_rows != inf:
+            self.scoring.give_up("its plate draws a subsample of the data by itself")
 
     def draw(self, wide: tuple[Any, ...], num_samples: int) -> tuple[Values, Tensor] | None:
         """Latents in canonical form and their log q, as `Pair.draw`."""
@@ -75,6 +78,35 @@ class Graphs:
         """The programs' arguments, with these tensors in the places of theirs."""
         given = iter(tensors)
         return tuple(next(given) if isinstance(other, Tensor) else other for other in self.others)
+
+
+class PathGraphs:
+    """The ends of a path and their slopes, for the blocks of one call.
+
+    A block's graph holds its data, so each block is recorded; compiled is the first. A last block that is shorter runs
+    eagerly, as it would not be worth a graph of its own.
+    """
+
+    def __init__(self) -> None:
+        self.batch: int | None = None
+        self.stopped = False
+
+    def of(self, at: Callable[[Tensor], Outputs], batch: int) -> Callable[[Tensor], Outputs | None] | None:
+        """`at` as a graph for each number of chains, which returns None where it has to run eagerly."""
+        self.batch = self.batch or batch
+        if self.stopped or batch != self.batch:
+            return None
+        graphs: dict[int, Compiled] = {}
+
+        def run(u: Tensor) -> Outputs | None:
+            if self.stopped:
+                return None
+            graph = graphs.setdefault(len(u), Compiled(at, what="annealing"))
+            found = graph(u)
+            self.stopped = graph.cause is not None
+            return found
+
+        return run
 
 
 def _tensors(args: tuple[Any, ...]) -> tuple[Tensor, ...]:

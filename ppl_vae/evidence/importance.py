@@ -105,7 +105,7 @@ def importance_sampling(
         columns = gathered(
             len(COLUMNS),
             args,
-            blocks(pair, args, max(16, min(MOST_DATA, BLOCK_ROWS // num_samples))),
+            blocks(pair, args, max(16, min(MOST_DATA, BLOCK_ROWS // num_samples)), dealt=True),
             lambda block: torch.stack(_block(pair, proposal, block, num_samples, root, pace, graphs)),
         )
         strategy = pair.strategy.__name__
@@ -159,13 +159,15 @@ class _Guided:
     def __init__(self, pair: Pair, block: Block, graphs: Graphs | None) -> None:
         self.pair, self.args, self.wide, self.graphs = pair, block.args, block.wide(), graphs
         self.axis = 1 + pair.layout.nesting + pair.layout.dim
+        self.encoded = pair.encode(*self.wide) if graphs is None or graphs.scoring.cause is not None else None
 
     def draw(self, start: int, stop: int) -> None:
         drawn = self.graphs.draw(self.wide, stop - start) if self.graphs else None
         self.z, self.log_q = drawn or self._drawn(stop - start)
 
     def _drawn(self, num_samples: int) -> tuple[Values, Tensor]:
-        return self.pair.draw(self.pair.encode(*self.wide), *self.wide, num_samples=num_samples)
+        encoded = self.pair.encode(*self.wide) if self.encoded is None else self.encoded
+        return self.pair.draw(encoded, *self.wide, num_samples=num_samples)
 
     def parts(self, num_samples: int, pace: _Pace) -> Iterator[slice]:
         if self.graphs is None or self.graphs.scoring.cause is not None:

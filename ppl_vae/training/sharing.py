@@ -100,7 +100,7 @@ def summed(differentiate: Callable[[], Sums], trained: parameters.Parameters, nu
     with processes.summing(sum(sizes) + len(leaves) + 3, dtype=dtype, device=leaves[0].device) as total:
         *parts, given, terms = total.split([*sizes, len(leaves), 3])
         if num_data:
-            terms += torch.tensor(differentiate()).to(terms)
+            terms += torch.tensor(differentiate(), dtype=torch.float64).to(terms)
             for index, (p, part) in enumerate(zip(leaves, parts, strict=True)):
                 if p.grad is not None:
                     part += num_data * p.grad.reshape(-1).to(part)
