@@ -435,6 +435,7 @@ def test_means_of_minus_infinity_have_no_place_on_the_ladder() -> None:
         (["--method", "annealed", "--num-samples", 9], "--num-samples changes nothing with --method annealed alone"),
         (["--method", "grid", "--num-samples", 9], "ask for --method importance or for --bounds"),
         (["--method", "grid", "--num-chains", 9], "--num-chains changes nothing with --method grid alone"),
+        (["--method", "grid", "--compile"], "--compile changes nothing with --method grid alone"),
         (["--num-samples", 0], "num_samples must be an integer of at least 1; got 0"),
         (["--bounds", "--num-chains", 0], "num_chains must be an integer of at least 1; got 0"),
         (["--bounds", "--num-temperatures", -1], "num_temperatures must be an integer of at least 1; got -1"),
@@ -502,11 +503,12 @@ def test_what_is_asked_of_fit_is_what_fit_gets(
 
     monkeypatch.setattr("ppl_vae.training.fit", fit)
     np.save(tmp_path / "rows.npy", np.arange(100.0)[:, None])
-    asked = ["--epochs", 7, "--batch-size", 3, "--patience", 2, "--seed", 5, "--validation", 30]
+    asked = ["--epochs", 7, "--batch-size", 3, "--patience", 2, "--seed", 5, "--validation", 30, "--compile"]
     rates = ["--learning-rate", 1e-2, "--final-learning-rate", 1e-4]
     result = ppl_vae("train", "rows.npy", "--likelihood", "gaussian", *asked, *rates)
     assert result.code == 0, result.err
     assert (seen["epochs"], seen["batch_size"], seen["patience"], seen["seed"]) == (7, 3, 2, 5)
+    assert seen["compile"] is True
     assert [seen["learning_rate"](t) for t in (0.0, 0.5, 1.0)] == pytest.approx([1e-2, 1e-3, 1e-4])
     x, validation, data = seen["x"], seen["validation"], pv.data.load(tmp_path / "rows.npy")
     assert len(validation) == 30

@@ -59,7 +59,7 @@ def idx_folder(tmp_path: Path, idx_arrays: dict[str, np.ndarray]) -> Path:
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
     for name, array in idx_arrays.items():
-        (folder / f"{name}.gz").write_bytes(gzip.compress(idx_bytes(array)))
+        (folder / f"{name}.gz").write_bytes(gzip.compress(idx_bytes(array), mtime=0))
     return folder
 
 
@@ -174,10 +174,10 @@ WHOLE = idx_bytes(np.arange(60).reshape(3, 4, 5))
         (b"\0\0\x0d" + WHOLE[3:], "begin with the bytes 00 00 08.* begins with 00 00 0d"),
         (b"<html>", "begins with 3c 68 74"),
         (b"", "is empty"),
-        (gzip.compress(b""), "is empty"),
-        (gzip.compress(WHOLE)[:-12], "whole gzip file, but it is damaged"),
-        (gzip.compress(WHOLE)[:12] + b"\xff\xff\xff" + gzip.compress(WHOLE)[15:], "whole gzip file"),
-        (gzip.compress(WHOLE)[:-8] + b"12345678", "whole gzip file"),
+        (gzip.compress(b"", mtime=0), "is empty"),
+        (gzip.compress(WHOLE, mtime=0)[:-12], "whole gzip file, but it is damaged"),
+        (gzip.compress(WHOLE, mtime=0)[:12] + b"\xff\xff\xff" + gzip.compress(WHOLE, mtime=0)[15:], "whole gzip file"),
+        (gzip.compress(WHOLE, mtime=0)[:-8] + b"12345678", "whole gzip file"),
         (b"\x1f\x8b\0\0", "whole gzip file"),
     ],
 )

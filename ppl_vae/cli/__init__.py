@@ -35,6 +35,9 @@ Root = Annotated[
 ]
 Download = Annotated[bool, typer.Option("--download", help="Download a named data set that is not there.")]
 Seed = Annotated[int, typer.Option(help="Of every random number.")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile what is run again and again; needs a C++ compiler, and pays if long.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder written by train or demo.")]
 
 
@@ -111,6 +114,7 @@ def train(
     ] = None,
     validation: Annotated[int, typer.Option(help="How many rows of the training data to hold out.")] = 0,
     seed: Seed = 0,
+    compile: Compile = False,
     out: Annotated[
         Path | None, typer.Option(help="The run folder to write. Default: runs/DATA.", show_default=False)
     ] = None,
@@ -138,7 +142,7 @@ def train(
     )
     out = out or Path("runs", Path(configuration.data).stem)
     with runs.new_folder(out, overwrite=overwrite) if processes.is_first() else nullcontext() as folder:
-        run = runs.train(configuration, download=download)
+        run = runs.train(configuration, download=download, compile=compile)
         if folder is not None:
             runs.write(run, folder)
             pictures.draw({"loss": pictures.loss(run)}, folder)
@@ -182,6 +186,7 @@ def evaluate(
         int | None, typer.Option(help="Score only so many test data, chosen by the seed. Default: all.")
     ] = None,
     seed: Seed = 0,
+    compile: Compile = False,
 ) -> None:
     """Estimate log p(x) of the test data, per datum and with its error, and bound it from both sides."""
     from ppl_vae.cli import evaluation
@@ -191,6 +196,7 @@ def evaluate(
         bounds=bounds,
         num_data=num_data,
         seed=seed,
+        compile=compile,
         num_samples=num_samples,
         num_chains=num_chains,
         num_temperatures=num_temperatures,

@@ -51,6 +51,7 @@ class Plan:
     bounds: bool
     num_data: int | None
     seed: int
+    compile: bool
     num_samples: int
     num_chains: int
     num_temperatures: int
@@ -59,9 +60,12 @@ class Plan:
     def estimator(self) -> Callable[..., Evidence]:
         """What draws samples: the method, or annealing beside a grid, which draws none."""
         if self.method == "importance":
-            return partial(pv.importance_sampling, num_samples=self.num_samples)
+            return partial(pv.importance_sampling, num_samples=self.num_samples, compile=self.compile)
         return partial(
-            pv.annealed_importance_sampling, num_chains=self.num_chains, num_temperatures=self.num_temperatures
+            pv.annealed_importance_sampling,
+            num_chains=self.num_chains,
+            num_temperatures=self.num_temperatures,
+            compile=self.compile,
         )
 
 
@@ -74,7 +78,9 @@ class Rung(NamedTuple):
     kind: Kind
 
 
-def planned(method: Method, *, bounds: bool, num_data: int | None, seed: int, **numbers: int | None) -> Plan:
+def planned(
+    method: Method, *, bounds: bool, num_data: int | None, seed: int, compile: bool = False, **numbers: int | None
+) -> Plan:
     """A plan with the default in place of each of `numbers` that is None; refuses those that would change nothing."""
     given = {name: at_least_one(name, value) for name, value in numbers.items() if value is not None}
     for name in given:
@@ -84,7 +90,9 @@ def planned(method: Method, *, bounds: bool, num_data: int | None, seed: int, **
                 f"--{name.replace('_', '-')} changes nothing with --method {method} alone. Leave it out, or ask for "
                 f"--method {other} or for --bounds."
             )
-    return Plan(method, bounds, num_data, seed, **(DEFAULTS | given))
+    if compile and method == "grid" and not bounds:
+        raise ValueError("--compile changes nothing with --method grid alone. Leave it out, or ask for --bounds.")
+    return Plan(method, bounds, num_data, seed, compile, **(DEFAULTS | given))
 
 
 def evaluate(folder: Path, plan: Plan) -> None:

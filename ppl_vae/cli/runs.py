@@ -87,7 +87,7 @@ def widths(text: str) -> list[int] | None:
         raise ValueError(f"Expected widths of hidden layers such as 400,400; got {text!r}.") from None
 
 
-def train(configuration: Configuration, *, download: bool = False) -> Run:
+def train(configuration: Configuration, *, download: bool = False, compile: bool = False) -> Run:
     """Loads the data, builds the VAE and fits it. Interrupted before the first step, there is no run."""
     c = configuration
     if download and pv.processes.world_size() > 1:  # the first process alone downloads, and the others find it there
@@ -114,6 +114,7 @@ def train(configuration: Configuration, *, download: bool = False) -> Run:
         validation=fitted.test if c.validation else None,
         patience=c.patience,
         seed=c.seed,
+        compile=compile,
         progress=sys.stderr.isatty(),
     )
     if history.stopped == "interrupted" and not history.loss:

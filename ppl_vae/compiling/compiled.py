@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ppl_vae.compiling.recording import (
     NotCompiled,
@@ -140,7 +142,9 @@ def _program(recording: Recording, inputs: tuple[Tensor, ...]) -> Callable[..., 
             with torch.no_grad(), random_numbers_set_back(inputs):
                 # The compiler behind torch.compile; what comes before it there has been done, and would cost half a
                 # millisecond in every call.
-                program = torch._inductor.compile(recording.graph, [*inputs, *recording.lifted], options=options)
+                program = torch._inductor.compile(
+                    recording.graph, _as_shapes([*inputs, *recording.lifted]), options=options
+                )
                 program(*inputs, *recording.lifted)
         except Exception as error:  # the compiler's own, of many types
             raise NotCompiled(f"the compiler refused it ({_first_line(error)})") from error
@@ -149,6 +153,12 @@ def _program(recording: Recording, inputs: tuple[Tensor, ...]) -> Callable[..., 
             _PROGRAMS.popitem(last=False)
     _PROGRAMS.move_to_end(key)
     return _PROGRAMS[key]
+
+
+def _as_shapes(tensors: list[Tensor]) -> list[Any]:
+    """Tensors without values, in the form in which the compiler finds on the disk what it has compiled before."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -149,10 +149,26 @@ def trainers(x: Tensor) -> dict[str, Callable[[], float]]:
 
         return timed
 
+    trained, *_ = parameters.find(plain.model, plain.guide, (x[:BATCH],))
+    graph = Graph(plain.model, plain.guide, Trace_ELBO(), trained, lambda loss, batch: loss / len(batch[0]))
+    adam = torch.optim.Adam(trained.values(), 1e-3, fused=True)
+
+    def bare() -> None:
+        for index in torch.randperm(len(x)).split(BATCH):
+            _, _, *gradients = graph.compiled(x.index_select(0, index)) or ()
+            for name, gradient in zip(graph.given, gradients, strict=True):
+                trained[name].grad = gradient
+            adam.step()
+
+    def by_graph() -> float:
+        with fast_and_exact():
+            return seconds(bare) / len(loader)
+
     return {
         "fit(compile=True)": lambda: step_of_fit(ours, x, compile=True),
         "... its graph and optimiser alone, one batch": bare_steps(x),
         "fit(compile=True) of a pair in plain Pyro": lambda: step_of_fit(plain, x, compile=True),
+        "the graph of a step and Adam alone, of the same": by_graph,
         "fit": lambda: step_of_fit(ours, x, compile=False),
         "Pyro: SVI, DataLoader": by_pyro,
         "PyTorch: DataLoader": by_hand(compiled=None),
