@@ -170,6 +170,28 @@ def test_log_px_sums_over_the_classes_of_the_semi_supervised_pair() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "eager_parts"),
+    [
+        ("vae", []),
+        ("supervised", []),
+        ("unsupervised", ["Drawing"]),
+        ("cvae", ["Drawing", "Scoring"]),
+        ("deep_markov", []),
+    ],
+)
+def test_graphs_give_the_log_px_of_the_same_seed(name: str, eager_parts: list[str], run_as_recorded: list[Any]) -> None:
+    pair = foreign.PAIRS[name]()
+    eager = pv.importance_sampling(pair.model, pair.guide, *pair.data, num_samples=13)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = pv.importance_sampling(pair.model, pair.guide, *pair.data, num_samples=13, compile=True)
+    torch.testing.assert_close(found.log_px, eager.log_px, rtol=1e-5, atol=0)
+    assert len(run_as_recorded) == 2 - len(eager_parts)
+    for warning, part in zip(caught, eager_parts, strict=True):
+        assert re.search(f"{part} is not compiled, because .* (value of a|shape of a) tensor", str(warning.message))
+
+
+@pytest.mark.parametrize(
     ("name", "sentence"),
     [
         ("regression", "Site 'sigma' of the model is outside the plate 'data'"),

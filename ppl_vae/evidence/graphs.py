@@ -7,14 +7,34 @@ from functools import partial
 from math import inf
 from typing import Any
 
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppl_vae.compiling import Compiled, Outputs
 from ppl_vae.proposals import Guide, Proposal
-from ppl_vae.scoring import Pair, Values
+from ppl_vae.scoring import Pair, Sites, Values
 
 # Samples × data that a graph scores in one run: what a decoder makes of so many fits a processor's cache.
 ROWS = 512
+
+
+def encoded(pair: Pair, args: tuple[Any, ...]) -> Sites:
+    """`Pair.encode` after a seed was set and before draws are made, which do not move: it uses no random number."""
+    with _Undrawn(args[0].device):
+        return pair.encode(*args)
+
+
+class _Undrawn(Messenger):
+    """Zeros in place of draws, for a guide of which only the distributions are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not (msg["done"] or msg["is_observed"] or site_is_subsample(msg)):
+            msg["value"], msg["done"] = torch.zeros(msg["fn"].shape(), device=self.device), True
 
 
 class Graphs:
@@ -64,7 +84,7 @@ class Graphs:
 
     def _draw(self, num_samples: int, *tensors: Tensor) -> Outputs:
         args = self._args(tensors)
-        z, log_q = self.pair.draw(self.pair.encode(*args), *args, num_samples=num_samples)
+        z, log_q = self.pair.draw(encoded(self.pair, args), *args, num_samples=num_samples)
         self.names = list(z)
         return (*z.values(), log_q)
 

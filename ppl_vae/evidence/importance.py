@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppl_vae import precision, scoring
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, gathered, looked_at, root_seed, start_from
-from ppl_vae.evidence.graphs import Graphs
+from ppl_vae.evidence.graphs import Graphs, encoded
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import COLUMNS, WeightStream
 from ppl_vae.proposals import Guide, Proposal, checked
@@ -166,8 +166,8 @@ class _Guided:
         self.z, self.log_q = drawn or self._drawn(stop - start)
 
     def _drawn(self, num_samples: int) -> tuple[Values, Tensor]:
-        encoded = self.pair.encode(*self.wide) if self.encoded is None else self.encoded
-        return self.pair.draw(encoded, *self.wide, num_samples=num_samples)
+        found = encoded(self.pair, self.wide) if self.encoded is None else self.encoded
+        return self.pair.draw(found, *self.wide, num_samples=num_samples)
 
     def parts(self, num_samples: int, pace: _Pace) -> Iterator[slice]:
         if self.graphs is None or self.graphs.scoring.cause is not None:
