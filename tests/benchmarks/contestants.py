@@ -99,28 +99,6 @@ def step_of_fit(pair: Any, x: Tensor, *, batch_size: int = BATCH, compile: bool)
     return (time.perf_counter() - starts[steps]) / steps
 
 
-def bare_steps(x: Tensor) -> Callable[[], float]:
-    """Seconds of a step of what `fit` compiles and of its optimiser alone, on a batch that lies ready."""
-    ours, batch = vae(), x[:BATCH]
-    weights, *_ = parameters.find(ours.model, ours.guide, (batch,))
-    graph = Graph(ours.model, ours.guide, Trace_ELBO(), weights, lambda loss, batch: loss / len(batch[0]))
-    adam = torch.optim.Adam(weights.values(), 1e-3, fused=True)
-
-    def step() -> None:
-        gradients = graph.compiled(batch)[-len(graph.given) :]
-        for name, gradient in zip(graph.given, gradients, strict=True):
-            weights[name].grad = gradient
-        adam.step()
-
-    def timed() -> float:
-        with fast_and_exact():
-            graph((batch,))
-            steps = len(x) // BATCH
-            return seconds(lambda: [step() for _ in range(steps)]) / steps
-
-    return timed
-
-
 def trainers(x: Tensor) -> dict[str, Callable[[], float]]:
     """Seconds of a step in one epoch, by contestant."""
     ours, plain = vae(), Plain()
@@ -166,7 +144,6 @@ def trainers(x: Tensor) -> dict[str, Callable[[], float]]:
 
     return {
         "fit(compile=True)": lambda: step_of_fit(ours, x, compile=True),
-        "... its graph and optimiser alone, one batch": bare_steps(x),
         "fit(compile=True) of a pair in plain Pyro": lambda: step_of_fit(plain, x, compile=True),
         "the graph of a step and Adam alone, of the same": by_graph,
         "fit": lambda: step_of_fit(ours, x, compile=False),
