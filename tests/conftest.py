@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,6 +13,8 @@ import pyro
 import pyro.infer.util
 import pytest
 import torch
+
+from ppl_vae.compiling import compiled
 
 matplotlib.use("agg")
 # The tests' networks are too small to share: two threads would mostly wait for each other.
@@ -41,6 +45,7 @@ def _switches() -> dict[str, object]:
         "module hooks": len(torch.nn.modules.module._global_forward_pre_hooks),
         "handlers": len(pyro.poutine.runtime._PYRO_STACK),
         "threads": torch.get_num_threads(),
+        "matrix products": torch.get_float32_matmul_precision(),
     }
 
 
@@ -56,3 +61,17 @@ def rng_unchanged() -> Iterator[None]:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert _numpy_state() == before[1]
     assert random.getstate() == before[2]
+
+
+@pytest.fixture
+def graphs_as_recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Graphs run as they were recorded, without a compiler, which takes seconds; the list of those that were built."""
+    built: list[Any] = []
+
+    def as_it_is(graph: Any, inputs: Any, options: Any) -> Any:
+        built.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", as_it_is)
+    monkeypatch.setattr(compiled, "_PROGRAMS", OrderedDict())
+    return built

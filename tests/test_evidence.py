@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from math import inf, log, nan, sqrt
 from pathlib import Path
 from typing import Any
@@ -141,9 +142,33 @@ STATEMENTS: dict[str, Callable[[], None]] = {
 }
 
 
+@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+def compiled(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, graphs_as_recorded: list[Any]
+) -> Iterator[bool]:
+    """Has all of a test sampled by graphs too, and sees to it that there are some."""
+    if request.param:
+        monkeypatch.setattr(sys.modules[__name__], "importance_sampling", partial(importance_sampling, compile=True))
+    yield request.param
+    assert bool(graphs_as_recorded) == request.param
+
+
 @pytest.mark.parametrize("statement", STATEMENTS)
 def test_statement(statement: str) -> None:
     STATEMENTS[statement]()
+
+
+@pytest.mark.parametrize("compiled", [True], indirect=True)
+@pytest.mark.parametrize(
+    "statement",
+    [
+        exact_posterior_gives_the_exact_value,
+        the_wrong_guide_is_right_within_its_error,
+        the_mean_weighs_every_datum_alike,
+    ],
+)
+def test_statement_of_graphs(statement: Callable[[], None], compiled: bool) -> None:
+    statement()
 
 
 class RequestedNotDrawn(WeightStream):
@@ -274,8 +299,9 @@ def test_wrong_weights_are_caught(mutation: Any, monkeypatch: pytest.MonkeyPatch
 # The same numbers, whatever the form of the pair and however the work is cut.
 
 
+@pytest.mark.filterwarnings("ignore:Scoring is not compiled, because (its plate draws a|.*one batch at a time)")
 @pytest.mark.parametrize("form", [*pairs.FORMS, "auto_normal"])
-def test_every_form_gives_the_same_numbers(form: str, lg: Any) -> None:
+def test_every_form_gives_the_same_numbers(form: str, lg: Any, compiled: bool) -> None:
     x, guide = pairs.simulated(lg), lg.perturbed_guide()
     model, q = pairs.auto_normal(lg, guide, x) if form == "auto_normal" else pairs.FORMS[form](lg, guide.q)
     # A pair that runs on all its data or not at all draws for these data and no others.
@@ -298,7 +324,7 @@ def test_numbers_do_not_depend_on_how_the_work_is_cut(num_samples: int, lg: Any)
         torch.testing.assert_close(found.pareto_k, reference.pareto_k, rtol=0, atol=1e-8)
 
 
-def test_the_first_data_do_not_depend_on_the_rest(lg: Any) -> None:
+def test_the_first_data_do_not_depend_on_the_rest(lg: Any, compiled: bool) -> None:
     x, guide = pairs.simulated(lg, num_data=53), lg.perturbed_guide()
     whole = importance_sampling(lg.model, guide, x, num_samples=5000)
     part = importance_sampling(lg.model, guide, x[:16], num_samples=5000)
@@ -312,7 +338,7 @@ def test_any_integer_is_a_seed_and_a_number_of_samples(lg: Any) -> None:
         assert (found.log_px - lg.log_px(x)).abs().max() < 1e-9
 
 
-def test_seeds(lg: Any) -> None:
+def test_seeds(lg: Any, compiled: bool) -> None:
     x, guide = pairs.simulated(lg), lg.perturbed_guide()
     one, same, other = (importance_sampling(lg.model, guide, x, num_samples=100, seed=s).log_px for s in (1, 1, 2))
     assert torch.equal(one, same)
@@ -351,7 +377,7 @@ def test_nothing_is_changed_by_evaluation() -> None:
 # Other pairs with a known answer.
 
 
-def test_beta_bernoulli_from_its_prior() -> None:
+def test_beta_bernoulli_from_its_prior(compiled: bool) -> None:
     pair = coin.BetaBernoulli(2.0, 3.0)
     tosses = torch.bernoulli(torch.full((5, 11), 0.4))
 
@@ -365,7 +391,7 @@ def test_beta_bernoulli_from_its_prior() -> None:
     assert (exact.log_px - pair.log_px(tosses)).abs().max() < 2e-5  # float32 sums of the Beta density
 
 
-def test_a_discrete_latent_against_enumeration() -> None:
+def test_a_discrete_latent_against_enumeration(compiled: bool) -> None:
     weights = torch.tensor([0.2, 0.5, 0.3]).double()
     locs = torch.tensor([-1.0, 0.5, 2.0]).double()
 

@@ -16,6 +16,7 @@ from pyro.infer import ELBO, SVI, Trace_ELBO
 from torch import Tensor
 
 from ppl_vae import objectives as rooms
+from ppl_vae.compiling import Compiled
 from ppl_vae.objectives import (
     IWAE,
     VIMCO,
@@ -26,6 +27,7 @@ from ppl_vae.objectives import (
     ImportanceWeightedELBO,
     Objective,
     StickingTheLanding,
+    Terms,
 )
 
 
@@ -57,23 +59,37 @@ FORMS_OF_PARTS = [form for form in pairs.FORMS if form not in ("with_fixed_plate
 # What each is equal to.
 
 
+def terms(objective: Objective, model: Any, guide: Any, x: Tensor, compile: bool) -> Terms:
+    """The terms; recorded to a graph, which is run, if so desired."""
+    if not compile:
+        return objective.terms(model, guide, x)
+    pair = objective.pair(model, guide, x)
+    found = Compiled(lambda *batch: objective.at(pair, batch), what="the bound")(x)
+    assert found is not None
+    return Terms(*found)
+
+
 @pytest.mark.parametrize("form", pairs.FORMS)
-@pytest.mark.parametrize("num_particles", [1, 5, 50])
+@pytest.mark.parametrize(("num_particles", "compile"), [(1, False), (5, False), (50, False), (3, True)])
 def test_with_the_exact_posterior_every_weighted_bound_is_log_px(
-    form: str, num_particles: int, lg: Any, x: Tensor
+    form: str, num_particles: int, compile: bool, lg: Any, x: Tensor, graphs_as_recorded: list[Any]
 ) -> None:
     model, guide = pairs.FORMS[form](lg, lg.posterior)
     kinds = [*WEIGHTED.values(), *([VIMCO] if num_particles > 1 else [])]
     for objective in (kind(num_particles=num_particles) for kind in kinds):
-        loss, bound = objective.terms(model, guide, x)
+        loss, bound = terms(objective, model, guide, x, compile)
         torch.testing.assert_close(bound, lg.log_px(x), rtol=0, atol=1e-6)
         scale = 10 if form == "with_subsampled_plate" else 1
         torch.testing.assert_close(loss, -scale * lg.log_px(x).sum(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", pairs.FORMS)
+@pytest.mark.parametrize(
+    ("form", "compile"), [*((form, False) for form in pairs.FORMS), ("as_functions", True), ("with_pixel_plate", True)]
+)
 @pytest.mark.parametrize("name", ALL_OF_ONE_DRAW)
-def test_one_draw_is_the_elbo_of_pyro_on_the_same_seed(form: str, name: str, lg: Any, x: Tensor) -> None:
+def test_one_draw_is_the_elbo_of_pyro_on_the_same_seed(
+    form: str, compile: bool, name: str, lg: Any, x: Tensor, graphs_as_recorded: list[Any]
+) -> None:
     model, guide = pairs.FORMS[form](lg, lg.perturbed_guide().q)
     objective = ALL_OF_ONE_DRAW[name]()
     for seed in (1, 2):  # with a look at the pair, and without
@@ -81,7 +97,8 @@ def test_one_draw_is_the_elbo_of_pyro_on_the_same_seed(form: str, name: str, lg:
         expected = Trace_ELBO().loss(model, guide, x)
         after = torch.get_rng_state()
         torch.manual_seed(seed)
-        assert objective.loss(model, guide, x) == pytest.approx(expected, abs=1e-9)
+        found = terms(objective, model, guide, x, compile).loss
+        assert found.item() == pytest.approx(expected, abs=1e-9)
         # A plate that subsamples draws its indices anew in the model.
         assert torch.equal(torch.get_rng_state(), after) or form == "with_subsampled_plate"
 
@@ -126,13 +143,17 @@ WRONG: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS_OF_PARTS)
-def test_the_bound_is_the_formula_and_not_one_of_its_wrong_variants(form: str, lg: Any, x: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("form", "compile"), [*((form, False) for form in FORMS_OF_PARTS), ("as_modules", True), ("with_pixel_plate", True)]
+)
+def test_the_bound_is_the_formula_and_not_one_of_its_wrong_variants(
+    form: str, compile: bool, lg: Any, x: Tensor, graphs_as_recorded: list[Any]
+) -> None:
     model, guide = pairs.FORMS[form](lg, pairs.repeatable(lg))
     weights = by_hand(lg, x, 5)
     right = weights.logsumexp(0) - log(5)
     for kind in (*WEIGHTED.values(), VIMCO):
-        loss, bound = kind(num_particles=5).terms(model, guide, x)
+        loss, bound = terms(kind(num_particles=5), model, guide, x, compile)
         torch.testing.assert_close(bound, right, rtol=0, atol=1e-9)
         scale = 10 if form == "with_subsampled_plate" else 1
         torch.testing.assert_close(loss.detach(), -scale * right.sum(), rtol=0, atol=1e-8)

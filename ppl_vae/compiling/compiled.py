@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import pyro.util
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -92,11 +93,14 @@ class Compiled:
             if len(self._seen) > MOST_SHAPES:
                 self.give_up(f"its arguments come in more than {MOST_SHAPES} shapes")
             return False
+        state = pyro.util.get_rng_state()  # of Python and NumPy too, of which the runs below may have taken some
         try:
             self._runs[kind] = _run(self.function, inputs)
         except NotCompiled as reason:
             self.give_up(str(reason))
             return False
+        finally:
+            pyro.util.set_rng_state(state)
         return True
 
 
@@ -104,9 +108,9 @@ def _run(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Callab
     """The function as a compiled graph with the tensors that it reaches by itself."""
     try:
         recording = recorded(function, inputs)
-        known = _key(recording) in _PROGRAMS
-        if not known:
-            verify(function, inputs, recording)
+        # Each time, though the program may be known: another function with the same graph may not be the same in
+        # every run, and that takes little beside a compiler.
+        verify(function, inputs, recording)
     except NotCompiled:
         raise
     except Exception as error:  # what a program may raise when it is recorded has no common type
@@ -116,19 +120,18 @@ def _run(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Callab
     def run(*inputs: Tensor) -> Outputs:
         return program(*inputs, *lifted)
 
-    if not known:
-        with torch.no_grad(), random_numbers_set_back(inputs):
-            found = run(*inputs)
-        if not all(map(_close, found, recording.outputs)):
-            del _PROGRAMS[_key(recording)]
-            raise NotCompiled(
-                "its graph gives other numbers than the program, as when random numbers are set back inside of it"
-            )
+    with torch.no_grad(), random_numbers_set_back(inputs):
+        found = run(*inputs)
+    if not _close(found, recording.outputs):
+        raise NotCompiled(
+            "its graph gives other numbers than the program, as when random numbers are set back inside of it, or "
+            "are a Bernoulli's in float64"
+        )
     return run
 
 
 def _key(recording: Recording) -> str:
-    return f"{torch.get_num_threads()} {recording.text}"
+    return f"{torch.get_num_threads()} {torch.get_default_dtype()} {recording.text}"
 
 
 def _program(recording: Recording, inputs: tuple[Tensor, ...]) -> Callable[..., Outputs]:
@@ -161,9 +164,13 @@ def _as_shapes(tensors: list[Tensor]) -> list[Any]:
     return [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    one, other = one.double().nan_to_num(), other.double().nan_to_num()
-    return bool((one - other).norm() <= TOLERANCE * (1e-6 + other.norm()))
+def _close(found: Outputs, expected: Outputs) -> bool:
+    """Equal to rounding, which is that of the largest of them: a gradient may be what is left of large numbers."""
+    pairs = [
+        (one.double().nan_to_num(), other.double().nan_to_num()) for one, other in zip(found, expected, strict=True)
+    ]
+    rounding = 1e-6 * max((float(other.norm()) for _, other in pairs), default=0.0)
+    return all((one - other).norm() <= TOLERANCE * other.norm() + rounding for one, other in pairs)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Outputs = tuple[Tensor, ...]
 
@@ -25,7 +28,12 @@ Outputs = tuple[Tensor, ...]
 _READING_METHODS = ("tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "__contains__")
 _READERS = {getattr(Tensor, name): name for name in _READING_METHODS}
 _ATEN = torch.ops.aten
-_READING_OPERATIONS = (_ATEN._local_scalar_dense.default, _ATEN.is_nonzero.default, _ATEN.equal.default)
+_READING_OPERATIONS = (
+    _ATEN._local_scalar_dense.default,
+    _ATEN.is_nonzero.default,
+    _ATEN.equal.default,
+    _ATEN.allclose.default,
+)
 
 
 class NotCompiled(Exception):
@@ -63,10 +71,7 @@ def recorded(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Re
             was there before.
     """
     with random_numbers_set_back(inputs):
-        recording = _record(function, inputs)
-    _refuse_values_in_shapes(recording.graph)
-    _refuse_changes(recording.graph)
-    return recording
+        return _record(function, inputs)
 
 
 def verify(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], recording: Recording) -> None:
@@ -75,7 +80,7 @@ def verify(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], recordi
     Raises:
         NotCompiled: when it does not, or when it holds other numbers.
     """
-    again = recorded(function, tuple(x.flip(0) if x.dim() else x for x in inputs))
+    again = recorded(function, tuple(map(_reversed, inputs)))
     if recording.text != again.text:
         raise NotCompiled("it does not do the same in every run: something in it depends on values, or keeps count")
     for one, other in zip(recording.lifted, again.lifted, strict=True):
@@ -88,7 +93,7 @@ def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Rec
 
     def watched(*args: Tensor) -> Outputs:
         with _Values(), _Reads():
-            found = function(*args)
+            found = tuple(function(*args))
         outputs.append(tuple(t.detach() for t in found))
         return found
 
@@ -101,7 +106,7 @@ def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Rec
     ):
         graph = make_fx(watched)(*inputs)
     lifted = _lift(graph)
-    _own_outputs(graph)
+    _own_outputs(graph, outputs[0])
     _unfuse_biases(graph)
     graph.recompile()
     graph.meta["inputs"] = inputs
@@ -120,12 +125,53 @@ class _Reads(TorchFunctionMode):
 
 
 class _Values(TorchDispatchMode):
-    """Refuses a read that reaches torch by another way."""
+    """Refuses a read that reaches torch by another way, in a shape too, and a write to a tensor that was there before.
+
+    A graph cannot say what becomes of such a tensor afterwards. The write is refused before it is done, so that the
+    eager run that follows finds what it would have found.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, StorageWeakRef] = {}  # which keep an address from being given to another storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READING_OPERATIONS:
             raise NotCompiled(_read_by(func.overloadpacket.__name__))
-        return func(*args, **(kwargs or {}))
+        if torch.Tag.dynamic_output_shape in func.tags and not _is_plain_indexing(func, args):
+            # At once, for whoever wants but the length of such a tensor leaves no trace in the graph.
+            name = func.overloadpacket.__name__
+            raise NotCompiled(f"the shape of a tensor in it depends on values ({name})")
+        if not all(_storage(tensor) in self.made for tensor in _written(func, args)):
+            raise NotCompiled(
+                "it changes a tensor that it did not make, as a batch normalisation in training mode does"
+            )
+        found = func(*args, **(kwargs or {}))
+        given = {_storage(tensor) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(found):
+            if _storage(tensor) not in given or func is _ATEN.lift_fresh.default:
+                self.made[_storage(tensor)] = StorageWeakRef(tensor.untyped_storage())
+        return found
+
+
+def _is_plain_indexing(func: Any, args: tuple[Any, ...]) -> bool:
+    return func is _ATEN.index.Tensor and all(i.dtype not in (torch.bool, torch.uint8) for i in _tensors(args[1]))
+
+
+def _written(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors among the arguments that an operation writes to."""
+    if func is _ATEN.native_batch_norm.default and args[5]:  # whose schema does not say so
+        return _tensors(args[3:5])
+    arguments = zip(func._schema.arguments, args, strict=False)
+    return _tensors([value for argument, value in arguments if argument.alias_info and argument.alias_info.is_write])
+
+
+def _tensors(of: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(of) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _read_by(name: str) -> str:
@@ -159,16 +205,34 @@ def _lift(graph: GraphModule) -> list[Tensor]:
     return lifted
 
 
-def _own_outputs(graph: GraphModule) -> None:
-    """Copies an output that is an input, or another output: whoever gets it may write to it."""
+def _own_outputs(graph: GraphModule, outputs: Outputs) -> None:
+    """Copies an output that lies in the memory of an input, of another output or of itself: who gets it may write."""
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    origins: list[Node] = []
     found: list[Node] = []
-    for node in output.args[0]:
-        if node.op == "placeholder" or node in found:
+    for node, tensor in zip(output.args[0], outputs, strict=True):
+        origin = _origin(node)
+        if origin.op == "placeholder" or origin in origins or torch._debug_has_internal_overlap(tensor):
             with graph.graph.inserting_before(output):
-                node = graph.graph.call_function(_ATEN.clone.default, (node,))
+                node = graph.graph.call_function(
+                    _ATEN.clone.default, (node,), {"memory_format": torch.contiguous_format}
+                )
+        origins.append(origin)
         found.append(node)
     output.args = (tuple(found),)
+
+
+def _origin(node: Any) -> Any:
+    """The node that made the memory in which the value of `node` lies."""
+    while _is_view(node):
+        node = node.args[0]
+    return node
+
+
+def _is_view(node: Any) -> bool:
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])
+    return _is_operation(node) and any(result.alias_info is not None for result in node.target._schema.returns)
 
 
 def _unfuse_biases(graph: GraphModule) -> None:
@@ -189,42 +253,8 @@ def _unfuse_biases(graph: GraphModule) -> None:
         graph.graph.erase_node(node)
 
 
-def _refuse_values_in_shapes(graph: GraphModule) -> None:
-    for node in _operations(graph):
-        if torch.Tag.dynamic_output_shape in node.target.tags and not _is_plain_indexing(node):
-            name = node.target.overloadpacket.__name__
-            raise NotCompiled(f"the shape of a tensor in it depends on values ({name})")
-
-
-def _is_plain_indexing(node: Any) -> bool:
-    if node.target is not _ATEN.index.Tensor:
-        return False
-    indices = [index for index in node.args[1] if index is not None]
-    return all("val" in i.meta and i.meta["val"].dtype not in (torch.bool, torch.uint8) for i in indices)
-
-
-def _refuse_changes(graph: GraphModule) -> None:
-    """A tensor that was there before may not be written: a graph cannot say what becomes of it afterwards."""
-    for node in _operations(graph):
-        for position, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write or position >= len(node.args):
-                continue
-            origin = node.args[position]
-            while isinstance(origin, Node) and origin.op == "call_function" and origin.args and _is_view(origin):
-                origin = origin.args[0]
-            if isinstance(origin, Node) and origin.op == "placeholder":
-                raise NotCompiled(
-                    "it changes a tensor that it did not make, as a batch normalisation in training mode does"
-                )
-
-
-def _is_view(node: Any) -> bool:
-    returns = getattr(node.target, "_schema", None)
-    return returns is None or any(r.alias_info is not None for r in returns.returns)
-
-
-def _operations(graph: GraphModule) -> Iterator[Any]:
-    return (n for n in graph.graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload))
+def _is_operation(node: Any) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
 @contextmanager
@@ -237,3 +267,9 @@ def random_numbers_set_back(inputs: tuple[Tensor, ...]) -> Iterator[None]:
 
 def _described(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _reversed(tensor: Tensor) -> Tensor:
+    """Its rows in reverse order, in the same layout; as it is where that cannot be."""
+    flipped = tensor.flip(0) if tensor.dim() else tensor
+    return flipped if flipped.stride() == tensor.stride() else tensor

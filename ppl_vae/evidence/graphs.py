@@ -14,27 +14,10 @@ from torch import Tensor
 
 from ppl_vae.compiling import Compiled, Outputs
 from ppl_vae.proposals import Guide, Proposal
-from ppl_vae.scoring import Pair, Sites, Values
+from ppl_vae.scoring import Pair, Values
 
 # Samples × data that a graph scores in one run: what a decoder makes of so many fits a processor's cache.
 ROWS = 512
-
-
-def encoded(pair: Pair, args: tuple[Any, ...]) -> Sites:
-    """`Pair.encode` after a seed was set and before draws are made, which do not move: it uses no random number."""
-    with _Undrawn(args[0].device):
-        return pair.encode(*args)
-
-
-class _Undrawn(Messenger):
-    """Zeros in place of draws, for a guide of which only the distributions are asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not (msg["done"] or msg["is_observed"] or site_is_subsample(msg)):
-            msg["value"], msg["done"] = torch.zeros(msg["fn"].shape(), device=self.device), True
 
 
 class Graphs:
@@ -59,7 +42,7 @@ class Graphs:
 
     def draw(self, wide: tuple[Any, ...], num_samples: int) -> tuple[Values, Tensor] | None:
         """Latents in canonical form and their log q, as `Pair.draw`."""
-        if self.scoring.cause is not None:
+        if self.scoring.cause is not None or any(graph.cause is not None for graph in self.drawing.values()):
             return None
         self.others = wide
         graph = self.drawing.setdefault(num_samples, Compiled(partial(self._draw, num_samples), what="drawing"))
@@ -84,7 +67,9 @@ class Graphs:
 
     def _draw(self, num_samples: int, *tensors: Tensor) -> Outputs:
         args = self._args(tensors)
-        z, log_q = self.pair.draw(encoded(self.pair, args), *args, num_samples=num_samples)
+        with _Still():
+            encoded = self.pair.encode(*args)
+        z, log_q = self.pair.draw(encoded, *args, num_samples=num_samples)
         self.names = list(z)
         return (*z.values(), log_q)
 
@@ -127,6 +112,14 @@ class PathGraphs:
             return found
 
         return run
+
+
+class _Still(Messenger):
+    """Lets the guide say what it has to say of the data without a draw, which nobody wants, and which takes numbers."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and not site_is_subsample(msg):
+            msg["value"] = torch.zeros(msg["fn"].shape())
 
 
 def _tensors(args: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppl_vae import precision, scoring
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, gathered, looked_at, root_seed, start_from
-from ppl_vae.evidence.graphs import Graphs, encoded
+from ppl_vae.evidence.graphs import Graphs
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import COLUMNS, WeightStream
 from ppl_vae.proposals import Guide, Proposal, checked
@@ -159,15 +159,14 @@ class _Guided:
     def __init__(self, pair: Pair, block: Block, graphs: Graphs | None) -> None:
         self.pair, self.args, self.wide, self.graphs = pair, block.args, block.wide(), graphs
         self.axis = 1 + pair.layout.nesting + pair.layout.dim
-        self.encoded = pair.encode(*self.wide) if graphs is None or graphs.scoring.cause is not None else None
+        self.encoded = pair.encode(*self.wide)  # eagerly, so that the guide's distributions check their parameters
 
     def draw(self, start: int, stop: int) -> None:
         drawn = self.graphs.draw(self.wide, stop - start) if self.graphs else None
         self.z, self.log_q = drawn or self._drawn(stop - start)
 
     def _drawn(self, num_samples: int) -> tuple[Values, Tensor]:
-        found = encoded(self.pair, self.wide) if self.encoded is None else self.encoded
-        return self.pair.draw(found, *self.wide, num_samples=num_samples)
+        return self.pair.draw(self.encoded, *self.wide, num_samples=num_samples)
 
     def parts(self, num_samples: int, pace: _Pace) -> Iterator[slice]:
         if self.graphs is None or self.graphs.scoring.cause is not None:

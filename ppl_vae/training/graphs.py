@@ -39,7 +39,8 @@ class Step(NamedTuple):
 class Graph:
     """The loss, its bound and its gradient as a function of a batch; None where they have to be found eagerly.
 
-    Data outside the support of their distribution, which validation would refuse, are among these.
+    The first step is, in which objectives do what they do but once, and distributions check their parameters. Data
+    outside the support of their distribution, which validation would refuse, are too.
 
     Args:
         model, guide, objective: what `fit` trains.
@@ -58,15 +59,15 @@ class Graph:
         self.model, self.guide, self.objective, self.trained = model, guide, objective, trained
         self.per_datum = per_datum
         self.compiled = Compiled(self._differentiated, what="the training step")
-        self.looked = False
+        self.looked_at = 0
         self.pair: scoring.Pair | None = None
-        self.given: list[str] = []
+        self.given: dict[Any, list[str]] = {}
 
     def __call__(self, batch: Batch) -> Step | None:
-        if self.compiled.cause is None and not self.looked:
-            self._look(batch)
-        state = torch.get_rng_state()
-        found = self.compiled(*batch, *self._numbers())
+        if self.compiled.cause is not None or self._is_first(batch):
+            return None
+        state, tensors = torch.get_rng_state(), (*batch, *self._numbers())
+        found = self.compiled(*tensors)
         if found is None:
             return None
         numbers, bounds, *gradients = found
@@ -75,18 +76,19 @@ class Graph:
             torch.set_rng_state(state)
             return None
         loss, bound, norm = terms
-        return Step(loss, bound, norm, bounds, dict(zip(self.given, gradients, strict=True)))
+        return Step(loss, bound, norm, bounds, dict(zip(self.given[_shapes(tensors)], gradients, strict=True)))
 
-    def _look(self, batch: Batch) -> None:
-        """Finds out, once, whether there is a graph to be had, and lets the objective do what it does but once."""
-        self.looked = True
+    def _is_first(self, batch: Batch) -> bool:
+        """Whether nothing is known of the pair yet but what this batch shows."""
+        # One datum alone does not show which plate is over the data.
+        if self.looked_at > 1 or self.looked_at == len(batch[0]):
+            return False
+        self.looked_at = len(batch[0])
         if reason := _reason_against(self.objective, batch):
             self.compiled.give_up(reason)
-            return
-        if isinstance(self.objective, Objective):
+        elif isinstance(self.objective, Objective):
             self.pair = self.objective.pair(self.model, self.guide, *batch)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            self.objective.loss(self.model, self.guide, *batch)
+        return True
 
     def _numbers(self) -> list[Tensor]:
         if not isinstance(self.objective, Objective):
@@ -103,7 +105,7 @@ class Graph:
         parameters.check_graph(loss, self.trained)
         gradients = torch.autograd.grad(loss, list(self.trained.values()), allow_unused=True)
         given = {name: g for name, g in zip(self.trained, gradients, strict=True) if g is not None}
-        self.given = list(given)
+        self.given[_shapes(tensors)] = list(given)
         norm = torch.stack([g.square().sum().double() for g in given.values()]).sum().sqrt()
         numbers = [x.double() for x in (supports.all(), loss.detach(), bounds.mean(), norm)]
         return (torch.stack(numbers), bounds, *given.values())
@@ -129,6 +131,10 @@ def _reason_against(objective: Any, batch: Batch) -> str | None:
     if not hasattr(objective, "differentiable_loss"):
         return f"{name} computes its gradient itself, and has no differentiable_loss"
     return None
+
+
+def _shapes(tensors: tuple[Tensor, ...]) -> tuple[torch.Size, ...]:
+    return tuple(tensor.shape for tensor in tensors)
 
 
 class _Supports(Messenger):

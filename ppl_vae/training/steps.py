@@ -164,7 +164,10 @@ class Trained:
 
     def _take(self, step: Step) -> tuple[float, float]:
         for name, gradient in step.gradients.items():
-            self.parameters[name].grad = gradient
+            parameter = self.parameters[name]
+            # Adam, fused, takes for granted that both lie in memory in the same order, as autograd sees to.
+            same = gradient.stride() == parameter.stride()
+            parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
         if isinstance(self.objective, Objective) and not isfinite(step.bound):
             self.objective.check(Terms(torch.tensor(step.loss), step.bounds))
         return step.loss, step.bound
