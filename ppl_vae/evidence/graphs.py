@@ -66,7 +66,7 @@ class Graphs:
 
     def _draw(self, num_samples: int, *tensors: Tensor) -> Outputs:
         args = self._args(tensors)
-        with _Still():
+        with _Still(args[0].device):
             encoded = self.pair.encode(*args)
         z, log_q = self.pair.draw(encoded, *args, num_samples=num_samples)
         self.names = list(z)
@@ -120,9 +120,13 @@ class PathGraphs:
 class _Still(Messenger):
     """Lets the guide say what it has to say of the data without a draw, which nobody wants, and which takes numbers."""
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
     def _pyro_sample(self, msg: Any) -> None:
         if msg["value"] is None and not site_is_subsample(msg):
-            msg["value"] = torch.zeros(msg["fn"].shape())
+            msg["value"] = torch.zeros(msg["fn"].shape(), device=self.device)
 
 
 def _tensors(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
