@@ -139,7 +139,7 @@ def a_datum_does_not_know_of_the_others() -> None:
     def of(data: Tensor, family: Any) -> Gaps:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gaps, "TEMPERATURES", 7)  # of log p(x), whatever it is
-            return inference_gaps(lg.model, guide, data, family=family, num_steps=50, num_samples=50)
+            return inference_gaps(lg.model, guide, data, family=family, num_steps=23, num_samples=50)
 
     for family in (DiagonalNormal(), CouplingFlow(num_layers=2, hidden_dim=5)):
         among, alone, replaced = (of(data, family) for data in (x, x[:1], torch.cat([x[:1], 9 * x[1:]])))
