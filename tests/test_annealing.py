@@ -61,7 +61,7 @@ def exact_posterior_gives_the_exact_value() -> None:
 def weights_average_to_px_with_bad_steps() -> None:
     """E[w] = p(x) at five temperatures, uneven and few, with step sizes that reject most moves or hardly move."""
     lg = pairs.linear_gaussian()
-    x = pairs.simulated(lg, num_data=4001)
+    x = pairs.simulated(lg, num_data=2003)
     for factor in (2.5, 0.1):
         with prepared(lg.model, lg.perturbed_guide(), x) as (path, schedule):
             betas = torch.tensor([0.0, 0.02, 0.3, 0.35, 0.9, 1.0]).double().unsqueeze(1).expand(-1, len(x))
@@ -75,7 +75,7 @@ def weights_average_to_px_with_bad_steps() -> None:
 def moves_leave_the_density_as_it_is() -> None:
     """Exact draws stay exact draws under a hundred moves, at either end of a path and in between."""
     lg = pairs.linear_gaussian()
-    x = pairs.simulated(lg, num_data=1).expand(4001, -1)
+    x = pairs.simulated(lg, num_data=1).expand(2003, -1)
     exact = lg.posterior(x[:1])
     with prepared(lg.model, lg.guide, x) as (path, schedule):
         torch.manual_seed(5)
@@ -123,7 +123,7 @@ def a_coin_in_logit_coordinates() -> None:
 
         for proposal in (Guide(), Prior(), Widened()):
             found = annealed_importance_sampling(
-                pair.model, guide, tosses, num_chains=CHAINS, num_temperatures=20, proposal=proposal
+                pair.model, guide, tosses, num_chains=CHAINS, num_temperatures=20, num_leapfrog=3, proposal=proposal
             )
             ratio = (found.log_px - pair.log_px(tosses)).exp()
             tolerance = 4.5 * ratio.std() / sqrt(len(tosses))
@@ -418,7 +418,7 @@ def test_every_form_gives_the_same_numbers(form: str) -> None:
 def test_as_many_dimensions_as_data() -> None:
     lg = pairs.linear_gaussian(latent_dim=3)
     x = pairs.simulated(lg, num_data=3)
-    found = annealed_importance_sampling(lg.model, lg.perturbed_guide(), x, num_chains=3, num_temperatures=200)
+    found = annealed_importance_sampling(lg.model, lg.perturbed_guide(), x, num_chains=3, num_temperatures=100)
     assert ((found.log_px - lg.log_px(x)).abs() < 0.2).all()
 
 
@@ -428,7 +428,7 @@ def test_from_every_proposal(proposal: Proposal) -> None:
     lg = pairs.linear_gaussian()
     x = pairs.simulated(lg, num_data=61)  # one block
     wrong = lg.perturbed_guide(shift=1.5, spread=0.6)
-    found = annealed_importance_sampling(lg.model, wrong, x, num_temperatures=150, proposal=proposal)
+    found = annealed_importance_sampling(lg.model, wrong, x, num_temperatures=100, proposal=proposal)
     error = found.log_px - lg.log_px(x)
     assert abs(error.mean()) < 0.1
     ratio = error.exp()
@@ -444,7 +444,7 @@ def test_bounds_rise_with_temperatures() -> None:
     x, wrong = pairs.simulated(lg, num_data=199), lg.perturbed_guide(shift=2.0, spread=0.5)
     means = [
         annealed_importance_sampling(lg.model, wrong, x, num_chains=CHAINS, num_temperatures=t).mean
-        for t in (1, 3, 10, 100)
+        for t in (1, 3, 10, 50)
     ]
     assert means == sorted(means)
     assert means[-1] == pytest.approx(lg.log_px(x).mean().item(), abs=0.3)
@@ -453,7 +453,7 @@ def test_bounds_rise_with_temperatures() -> None:
 def test_the_standard_error_is_honest() -> None:
     lg = pairs.linear_gaussian()
     x = pairs.simulated(lg, num_data=1).expand(503, -1)
-    found = annealed_importance_sampling(lg.model, lg.perturbed_guide(), x, num_temperatures=20)
+    found = annealed_importance_sampling(lg.model, lg.perturbed_guide(), x, num_temperatures=20, num_leapfrog=2)
     assert 0.85 < found.log_px.std() / found.standard_error.mean() < 1.2
 
 
@@ -500,7 +500,7 @@ def test_a_latent_drawn_given_another() -> None:
     x = torch.linspace(-3, 3, 43).double()
     exact = dist.Normal(0.0, 1.5).log_prob(x)
     for proposal in (Guide(), Prior()):
-        found = annealed_importance_sampling(model, guide, x, num_temperatures=100, proposal=proposal)
+        found = annealed_importance_sampling(model, guide, x, num_temperatures=100, num_leapfrog=3, proposal=proposal)
         assert (found.log_px - exact).abs().max() < 0.3
         assert abs((found.log_px - exact).mean()) < 0.03
 
@@ -664,7 +664,7 @@ def test_chains_that_lag_behind_are_spoken_of() -> None:
 def test_summary_says_when_not_to_believe_it(capsys: pytest.CaptureFixture[str]) -> None:
     lg = pairs.linear_gaussian()
     x = pairs.simulated(lg, num_data=31)
-    good = annealed_importance_sampling(lg.model, lg.perturbed_guide(), x)
+    good = annealed_importance_sampling(lg.model, lg.perturbed_guide(), x, num_leapfrog=2)
     good.summary()
     printed = capsys.readouterr().out
     assert "Annealed importance sampling from the guide, 100 temperatures: 31 data, 16 chains each" in printed

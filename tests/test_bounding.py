@@ -322,7 +322,7 @@ def test_sandwich_of_every_form(form: str) -> None:
     lg = pairs.linear_gaussian()
     x = pairs.simulated(lg)
     model, guide = pairs.FORMS[form](lg, lg.perturbed_guide().q)
-    found = sandwich(model, guide, x, num_chains=16, num_temperatures=100)
+    found = sandwich(model, guide, x, num_chains=16, num_temperatures=50)
     exact = lg.log_px(found.args[0])
     assert (found.lower - exact).abs().max() < 0.3
     assert (found.upper - exact).abs().max() < 0.3
@@ -339,7 +339,7 @@ def test_sandwich_keeps_the_inputs_beside_the_data() -> None:
             pyro.sample("z", dist.Normal(0.7 * x, 0.7))
 
     y = torch.linspace(-9, 9, 101).double()
-    found = sandwich(model, guide, torch.zeros(101).double(), y, num_data=101)
+    found = sandwich(model, guide, torch.zeros(101).double(), y, num_data=101, num_temperatures=50)
     assert torch.equal(found.args[1], y)
     exact = dist.Normal(y, sqrt(1.25)).log_prob(found.args[0])
     assert (found.args[0] - y).abs().max() < 5
@@ -415,7 +415,7 @@ def test_a_datum_of_probability_0() -> None:
 
 def test_sandwich_of_a_vae() -> None:
     vae = pv.VAE((3, 2), 2, decoder=pv.networks.MLP(2, (3, 2), hidden_dims=(5,)))
-    found = sandwich(vae.model, vae.guide, num_data=11)
+    found = sandwich(vae.model, vae.guide, num_data=11, num_temperatures=30)
     assert found.args[0].shape == (11, 3, 2)
     exact = pv.importance_sampling(vae.model, vae.guide, found.args[0], num_samples=20_000)
     assert (found.lower - exact.log_px).abs().max() < 0.2
@@ -455,7 +455,7 @@ def test_a_mode_that_the_guide_misses_is_found_from_the_prior(monkeypatch: pytes
     assert found.modes.missed.all()
     assert (found.modes.from_prior.log_px - exact[found.modes.index]).abs().max() < 0.6
     assert "find more mass than chains from the guide for 5 of 5 data" in str(found)
-    right = mode_check(two_modes, two_sided, x, num_data=5, num_temperatures=300)
+    right = mode_check(two_modes, two_sided, x, num_data=5, num_temperatures=200)
     assert not right.missed.any()
     assert not right.warnings()
     assert list(right.index) == [0, 2, 5, 8, 10]

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -67,6 +68,28 @@ STATIC = ["--binarization", "static"]
 
 def tiny(*args: object) -> list[object]:
     return [*STATIC, "--epochs", 2, "--latent-dim", 2, "--hidden-dims", "16", *args]
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs on the digits with two and three latent dimensions, for tests to copy."""
+    folders = {}
+    for latent_dim in (2, 3):
+        folders[latent_dim] = tmp_path_factory.mktemp("trained") / "run"
+        options = tiny("--latent-dim", latent_dim, "--out", folders[latent_dim])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["ppl-vae", "train", "digits", *map(str, options)])
+            patch.setattr(sys, "excepthook", sys.excepthook)
+            with pytest.raises(SystemExit) as exit_:
+                cli.main()
+        assert not exit_.value.code
+    return folders
+
+
+@pytest.fixture
+def run(trained_once: dict[int, Path], tmp_path: Path) -> Path:
+    """A run with a latent plane, as `train digits --out run` leaves it."""
+    return shutil.copytree(trained_once[2], tmp_path / "run")
 
 
 def contents(folder: Path) -> set[str]:
@@ -278,8 +301,8 @@ def test_the_same_seed_gives_the_same_weights(ppl_vae: Runner, tmp_path: Path) -
     assert not all(torch.equal(a[key], c[key]) for key in a)
 
 
+@pytest.mark.usefixtures("run")
 def test_a_subset_of_the_data_is_seeded(ppl_vae: Runner, tmp_path: Path) -> None:
-    assert ppl_vae("train", "digits", *tiny("--out", "run")).code == 0
     index = []
     for seed in (0, 0, 1):
         assert ppl_vae("evaluate", "run", "--num-samples", 30, "--num-data", 20, "--seed", seed).code == 0
@@ -300,11 +323,10 @@ FEW = ["--num-samples", 20, "--num-chains", 4, "--num-temperatures", 6]
 
 
 @pytest.fixture
-def plane(ppl_vae: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run with a latent plane, and chains from the prior that are short."""
-    assert ppl_vae("train", "digits", *tiny("--out", "run")).code == 0
+def plane(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run, and chains from the prior that are short."""
     monkeypatch.setattr("ppl_vae.evidence.bounding.mode_check", partial(pv.mode_check, num_temperatures=20))
-    return tmp_path / "run"
+    return run
 
 
 def evidence_of(run: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -445,8 +467,10 @@ def test_means_of_minus_infinity_have_no_place_on_the_ladder() -> None:
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_evaluate_refuses_before_any_work(ppl_vae: Runner, tmp_path: Path, options: list[object], said: str) -> None:
-    assert ppl_vae("train", "digits", *tiny("--latent-dim", 3, "--epochs", 1, "--out", "run")).code == 0
+def test_evaluate_refuses_before_any_work(
+    ppl_vae: Runner, tmp_path: Path, trained_once: dict[int, Path], options: list[object], said: str
+) -> None:
+    shutil.copytree(trained_once[3], tmp_path / "run")
     assert said in ppl_vae("evaluate", "run", *options).sentence()
     assert not [name for name in contents(tmp_path / "run") if "evidence" in name]
 
@@ -529,8 +553,8 @@ def test_tables_train_without_pictures_of_images(ppl_vae: Runner, tmp_path: Path
     assert "images" in ppl_vae("sample", "run").sentence()
 
 
-def test_an_earlier_run_is_replaced_only_when_asked(ppl_vae: Runner, tmp_path: Path) -> None:
-    assert ppl_vae("train", "digits", *tiny()).code == 0
+def test_an_earlier_run_is_replaced_only_when_asked(ppl_vae: Runner, tmp_path: Path, run: Path) -> None:
+    shutil.copytree(run, tmp_path / "runs/digits")
     before = (tmp_path / "runs/digits/run.json").read_bytes()
     assert "--overwrite" in ppl_vae("train", "digits", *tiny()).sentence()
     assert (tmp_path / "runs/digits/run.json").read_bytes() == before
@@ -542,8 +566,8 @@ def test_an_earlier_run_is_replaced_only_when_asked(ppl_vae: Runner, tmp_path: P
     assert (tmp_path / "mine/notes.txt").read_text() == "mine"
 
 
-def test_a_failed_replacement_keeps_the_earlier_run(ppl_vae: Runner, tmp_path: Path) -> None:
-    assert ppl_vae("train", "digits", *tiny()).code == 0
+def test_a_failed_replacement_keeps_the_earlier_run(ppl_vae: Runner, tmp_path: Path, run: Path) -> None:
+    shutil.copytree(run, tmp_path / "runs/digits")
     before = {name: (tmp_path / "runs" / name).read_bytes() for name in contents(tmp_path / "runs")}
     ppl_vae("train", "digits", *tiny("--overwrite", "--binarization", "none")).sentence()
     assert {name: (tmp_path / "runs" / name).read_bytes() for name in contents(tmp_path / "runs")} == before
@@ -633,8 +657,8 @@ def test_only_runs_are_ever_replaced(ppl_vae: Runner, tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
-def test_a_folder_of_runs_says_which(ppl_vae: Runner, tmp_path: Path) -> None:
-    assert ppl_vae("train", "digits", *tiny("--out", "both/one")).code == 0
+def test_a_folder_of_runs_says_which(ppl_vae: Runner, tmp_path: Path, run: Path) -> None:
+    shutil.copytree(run, tmp_path / "both/one")
     for command in ("evaluate", "sample"):
         assert "holds the runs one" in ppl_vae(command, "both").sentence()
 
@@ -649,12 +673,14 @@ def test_data_that_are_no_pictures_are_still_learned(ppl_vae: Runner, tmp_path: 
     assert (tmp_path / "run/weights.safetensors").is_file()
 
 
-def test_evaluate_and_sample_refuse_what_is_no_run(ppl_vae: Runner, tmp_path: Path) -> None:
+def test_evaluate_and_sample_refuse_what_is_no_run(
+    ppl_vae: Runner, tmp_path: Path, trained_once: dict[int, Path]
+) -> None:
     for command in ("evaluate", "sample"):
         assert "There is no run folder" in ppl_vae(command, "nowhere").sentence()
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert "empty" in ppl_vae(command, "empty").sentence()
-    assert ppl_vae("train", "digits", *tiny("--out", "run")).code == 0
+    shutil.copytree(trained_once[2], tmp_path / "run")
     assert "at least one sample" in ppl_vae("sample", "run", "--num-samples", 0).sentence()
     assert "num_samples" in ppl_vae("evaluate", "run", "--num-samples", 0).sentence()
     assert ppl_vae("sample", "run", "--out", "samples.xyz").sentence()

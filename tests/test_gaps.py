@@ -51,7 +51,7 @@ def gaps_are_their_closed_forms() -> None:
     lg = pairs.linear_gaussian()
     x = pairs.simulated(lg, 61)
     for guide in (lg.perturbed_guide(), lg.perturbed_guide(shift=1.0, spread=0.8)):
-        found = inference_gaps(lg.model, guide, x, num_steps=600, log_px=lg.log_px(x))
+        found = inference_gaps(lg.model, guide, x, num_steps=400, log_px=lg.log_px(x))
         exact = lg.log_px(x) - guide.elbo(x)
         within_errors(found, "kl", exact)
         within_errors(found, "approximation", diagonal_gap(lg))
@@ -85,7 +85,7 @@ def a_constrained_latent_has_its_jacobian() -> None:
         with pyro.plate("data", len(tosses)):
             pyro.sample("z", q(tosses))
 
-    found = inference_gaps(pair.model, guide, tosses, num_steps=600, num_samples=4000)
+    found = inference_gaps(pair.model, guide, tosses, num_steps=400, num_samples=4000)
     within_errors(found, "log_px", pair.log_px(tosses))
     within_errors(found, "kl", kl_divergence(q(tosses), pair.posterior(tosses)))
     best = torch.stack([best_normal_of_a_coin(pair, row) for row in tosses])
@@ -139,7 +139,7 @@ def a_datum_does_not_know_of_the_others() -> None:
     def of(data: Tensor, family: Any) -> Gaps:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gaps, "TEMPERATURES", 7)  # of log p(x), whatever it is
-            return inference_gaps(lg.model, guide, data, family=family, num_steps=50, num_samples=50)
+            return inference_gaps(lg.model, guide, data, family=family, num_steps=23, num_samples=50)
 
     for family in (DiagonalNormal(), CouplingFlow(num_layers=2, hidden_dim=5)):
         among, alone, replaced = (of(data, family) for data in (x, x[:1], torch.cat([x[:1], 9 * x[1:]])))
@@ -273,7 +273,7 @@ def test_the_approximation_gap_to_a_thousandth(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gaps, "ROWS", 2**14)  # a small model runs faster on many rows
     lg = pairs.linear_gaussian(noise=1.5)
     x = pairs.simulated(lg, 251)
-    found = inference_gaps(lg.model, lg.perturbed_guide(), x, num_steps=600, num_samples=8000, log_px=lg.log_px(x))
+    found = inference_gaps(lg.model, lg.perturbed_guide(), x, num_steps=400, num_samples=8000, log_px=lg.log_px(x))
     assert found.mc_standard_error["approximation"] < 2.5e-4
     assert found.mean["approximation"] == pytest.approx(diagonal_gap(lg), abs=1e-3)
     spread = (found.approximation - diagonal_gap(lg)) / found.standard_error["approximation"]
@@ -303,7 +303,7 @@ def test_a_wrong_linear_encoder(lg: LinearGaussian) -> None:
 
     wide = MultivariateNormal(q(x).mean, scale_tril=torch.diag_embed(q(x).stddev))
     kl = kl_divergence(wide, lg.posterior(x))
-    found = inference_gaps(lg.model, guide, x, log_px=lg.log_px(x))
+    found = inference_gaps(lg.model, guide, x, num_steps=400, log_px=lg.log_px(x))
     within_errors(found, "kl", kl)
     within_errors(found, "amortisation", kl - diagonal_gap(lg))
 

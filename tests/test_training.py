@@ -91,7 +91,7 @@ def by_fit(vae: VAE, x: Tensor) -> None:
 @pytest.mark.parametrize("train", [by_svi, by_elbo_module, by_fit], ids=lambda f: f.__name__)
 def test_build_train_build_train(train: Callable[[VAE, Tensor], None], x: Tensor) -> None:
     losses = []
-    for _ in range(3):
+    for _ in range(2):
         vae = small_vae()
         before, start = copied(vae), Trace_ELBO().loss(vae.model, vae.guide, x) / len(x)
         train(vae, x)
@@ -223,7 +223,7 @@ FORMS = [functions_with_pyro_module, bound_methods, plain_modules, subsampled_pl
 def test_every_form_trains_and_reports_nats_per_datum(form: Any, x: Tensor) -> None:
     model, guide, modules = form()
     before = [copied(m) for m in modules]
-    history = fit(model, guide, x, epochs=60, batch_size=17, learning_rate=1e-2, validation=x, progress=False)
+    history = fit(model, guide, x, epochs=30, batch_size=17, learning_rate=2e-2, validation=x, progress=False)
     for module, old in zip(modules, before, strict=True):
         assert moved(module, old) == set(old)
     assert history.loss[-1] < history.loss[0] - 0.5
@@ -231,7 +231,7 @@ def test_every_form_trains_and_reports_nats_per_datum(form: Any, x: Tensor) -> N
     assert history.loss[0] == pytest.approx(DATA_DIM * log(2), rel=0.25)
     assert history.validation[-1] == pytest.approx(history.loss[-1], rel=0.15)
     assert history.stopped == "finished"
-    assert len(history.loss) == len(history.validation) == 60
+    assert len(history.loss) == len(history.validation) == 30
 
 
 OBJECTIVES = [
@@ -251,7 +251,7 @@ def test_any_elbo_object_trains(objective: Any, x: Tensor) -> None:
     before = copied(vae)
     x = x[:100]  # two batches of one size, for the objectives that record one
     history = fit(
-        vae.model, vae.guide, x, objective=objective, epochs=80, batch_size=50, learning_rate=1e-2, progress=False
+        vae.model, vae.guide, x, objective=objective, epochs=40, batch_size=50, learning_rate=2e-2, progress=False
     )
     assert moved(vae, before) == set(before)
     assert history.loss[-1] < history.loss[0] - 0.3
@@ -287,7 +287,7 @@ def test_an_autoguide_over_all_data_trains() -> None:
     model = pairs.as_functions(lg, lg.posterior)[0]
     auto = AutoNormal(model)
     history = fit(
-        model, auto, x, epochs=2000, batch_size=len(x), learning_rate=lambda t: 0.05 * 0.01**t, progress=False
+        model, auto, x, epochs=1000, batch_size=len(x), learning_rate=lambda t: 0.05 * 0.01**t, progress=False
     )
     best = lg.perturbed_guide(shift=0.0, spread=1.0).elbo(x).mean().item()
     assert sum(history.loss[-200:]) / 200 == pytest.approx(-best, abs=0.05)
@@ -361,10 +361,10 @@ def test_data_of_every_kind(source: str, x: Tensor) -> None:
     vae = small_vae()
     data = SOURCES[source](x)
     history = fit(
-        vae.model, vae.guide, data, epochs=40, batch_size=17, learning_rate=1e-2, validation=data, progress=False
+        vae.model, vae.guide, data, epochs=20, batch_size=17, learning_rate=2e-2, validation=data, progress=False
     )
     assert history.loss[-1] < history.loss[0] - 0.3
-    assert len(history.validation) == 40
+    assert len(history.validation) == 20
 
 
 def test_every_datum_is_seen_once_an_epoch(x: Tensor) -> None:
