@@ -189,9 +189,9 @@ def test_what_a_graph_would_get_wrong_is_refused_with_one_warning(name: str, gra
     x, constant = torch.tensor([1.0, 2.0]), CONSTANT.clone()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     fast = Compiled(function, what="the function")
-    with pytest.warns(
+    with pytest.warns(  # noqa: PT031
         UserWarning, match=f"^The function is not compiled, because .*({reason}).* It runs eager"
-    ) as said:  # noqa: PT031
+    ) as said:
         assert fast(x) is None
         assert fast(x) is None
     assert len(said) == 1

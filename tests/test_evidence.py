@@ -299,8 +299,14 @@ def test_wrong_weights_are_caught(mutation: Any, monkeypatch: pytest.MonkeyPatch
 # The same numbers, whatever the form of the pair and however the work is cut.
 
 
-@pytest.mark.filterwarnings("ignore:Scoring is not compiled, because (its plate draws a|.*one batch at a time)")
-@pytest.mark.parametrize("form", [*pairs.FORMS, "auto_normal"])
+@pytest.mark.parametrize(
+    ("form", "compiled"),
+    [
+        *((form, False) for form in (*pairs.FORMS, "auto_normal")),
+        *((form, True) for form in ("as_functions", "with_pixel_plate", "with_two_dimensional_decoder", "auto_normal")),
+    ],
+    indirect=["compiled"],
+)
 def test_every_form_gives_the_same_numbers(form: str, lg: Any, compiled: bool) -> None:
     x, guide = pairs.simulated(lg), lg.perturbed_guide()
     model, q = pairs.auto_normal(lg, guide, x) if form == "auto_normal" else pairs.FORMS[form](lg, guide.q)
@@ -338,7 +344,7 @@ def test_any_integer_is_a_seed_and_a_number_of_samples(lg: Any) -> None:
         assert (found.log_px - lg.log_px(x)).abs().max() < 1e-9
 
 
-def test_seeds(lg: Any, compiled: bool) -> None:
+def test_seeds(lg: Any) -> None:
     x, guide = pairs.simulated(lg), lg.perturbed_guide()
     one, same, other = (importance_sampling(lg.model, guide, x, num_samples=100, seed=s).log_px for s in (1, 1, 2))
     assert torch.equal(one, same)

@@ -49,6 +49,7 @@ class Compiled:
         function: from tensors to tensors; what else it uses, it reaches by itself. Gradients are part of it: the graph
             runs without them.
         what: it is, for the warning: "the training step".
+        verified: whether the same was recorded before of other tensors, so that a graph that is known can be trusted.
 
     Attributes:
         cause: why it is not compiled, or None.
@@ -62,8 +63,8 @@ class Compiled:
         [tensor([5., 3.])]
     """
 
-    def __init__(self, function: Callable[..., Outputs], *, what: str) -> None:
-        self.function, self.what = function, what
+    def __init__(self, function: Callable[..., Outputs], *, what: str, verified: bool = False) -> None:
+        self.function, self.what, self.verified = function, what, verified
         self.cause: str | None = None
         self._runs: dict[Any, Callable[..., Outputs]] = {}
         self._seen: Counter[Any] = Counter()
@@ -95,7 +96,7 @@ class Compiled:
             return False
         state = pyro.util.get_rng_state()  # of Python and NumPy too, of which the runs below may have taken some
         try:
-            self._runs[kind] = _run(self.function, inputs)
+            self._runs[kind] = _run(self.function, inputs, self.verified)
         except NotCompiled as reason:
             self.give_up(str(reason))
             return False
@@ -104,13 +105,14 @@ class Compiled:
         return True
 
 
-def _run(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Callable[..., Outputs]:
+def _run(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], verified: bool) -> Callable[..., Outputs]:
     """The function as a compiled graph with the tensors that it reaches by itself."""
     try:
         recording = recorded(function, inputs)
-        # Each time, though the program may be known: another function with the same graph may not be the same in
-        # every run, and that takes little beside a compiler.
-        verify(function, inputs, recording)
+        verified = verified and _key(recording) in _PROGRAMS
+        if not verified:
+            # Though the program may be known: another function with the same graph may not be the same in every run.
+            verify(function, inputs, recording)
     except NotCompiled:
         raise
     except Exception as error:  # what a program may raise when it is recorded has no common type
@@ -120,14 +122,17 @@ def _run(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Callab
     def run(*inputs: Tensor) -> Outputs:
         return program(*inputs, *lifted)
 
-    with torch.no_grad(), random_numbers_set_back(inputs):
-        found = run(*inputs)
-    if not _close(found, recording.outputs):
+    if not verified and not _close(_found(run, inputs), recording.outputs):
         raise NotCompiled(
             "its graph gives other numbers than the program, as when random numbers are set back inside of it, or "
             "are a Bernoulli's in float64"
         )
     return run
+
+
+def _found(run: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Outputs:
+    with torch.no_grad(), random_numbers_set_back(inputs):
+        return run(*inputs)
 
 
 def _key(recording: Recording) -> str:

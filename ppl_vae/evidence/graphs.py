@@ -62,12 +62,11 @@ class Graphs:
         """Slices of one length that cover `num_samples`, where there is such a length; else the last is shorter."""
         most = max(1, self.rows // width)
         length = next((n for n in range(most, most // 2, -1) if num_samples % n == 0), most)
-
         return (slice(start, min(start + length, num_samples)) for start in range(0, num_samples, length))
 
     def _draw(self, num_samples: int, *tensors: Tensor) -> Outputs:
         args = self._args(tensors)
-        with _Still():
+        with _Still(args[0].device):
             encoded = self.pair.encode(*args)
         z, log_q = self.pair.draw(encoded, *args, num_samples=num_samples)
         self.names = list(z)
@@ -88,13 +87,14 @@ class Graphs:
 class PathGraphs:
     """The ends of a path and their slopes, for the blocks of one call.
 
-    A block's graph holds its data, so each block is recorded; compiled is the first. A last block that is shorter runs
-    eagerly, as it would not be worth a graph of its own.
+    A block's graph holds its data, so each block is recorded; compiled and verified is the first, which all that comes
+    after has in common. A last block that is shorter runs eagerly, as it would not be worth a graph of its own.
     """
 
     def __init__(self) -> None:
         self.batch: int | None = None
         self.stopped = False
+        self.verified: set[int] = set()
 
     def of(self, at: Callable[[Tensor], Outputs], batch: int) -> Callable[[Tensor], Outputs | None] | None:
         """`at` as a graph for each number of chains, which returns None where it has to run eagerly."""
@@ -106,8 +106,11 @@ class PathGraphs:
         def run(u: Tensor) -> Outputs | None:
             if self.stopped:
                 return None
-            graph = graphs.setdefault(len(u), Compiled(at, what="annealing"))
+            if len(u) not in graphs:
+                graphs[len(u)] = Compiled(at, what="annealing", verified=len(u) in self.verified)
+            graph = graphs[len(u)]
             found = graph(u)
+            self.verified.add(len(u))
             self.stopped = graph.cause is not None
             return found
 
@@ -117,9 +120,13 @@ class PathGraphs:
 class _Still(Messenger):
     """Lets the guide say what it has to say of the data without a draw, which nobody wants, and which takes numbers."""
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
     def _pyro_sample(self, msg: Any) -> None:
         if msg["value"] is None and not site_is_subsample(msg):
-            msg["value"] = torch.zeros(msg["fn"].shape())
+            msg["value"] = torch.zeros(msg["fn"].shape(), device=self.device)
 
 
 def _tensors(args: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -73,7 +73,8 @@ def fit(
         time_limit: seconds, those before a resumption among them, after which no epoch begins but the first.
         compile: record the training step of this pair to one graph and compile it, which takes some seconds at first.
             The loss is that of an eager run with the same seed, to rounding. What cannot be compiled runs eagerly,
-            with a warning that says why. It needs a C++ compiler.
+            with a warning that says why; but what a program would do only later, as `if step > 1000`, cannot be seen
+            when it is recorded. It needs a C++ compiler.
         checkpoint: a folder, for a file from which the run can go on as if it had never stopped. It is written after
             an epoch, at most every ten seconds, and when training ends for whatever reason; a kill leaves the earlier
             one whole. An epoch cut short is begun again.

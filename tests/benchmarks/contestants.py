@@ -69,7 +69,7 @@ class Plain:
 
 
 @contextmanager
-def precision(name: str) -> Iterator[None]:
+def matmul_precision(name: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:
@@ -122,7 +122,7 @@ def trainers(x: Tensor) -> dict[str, Callable[[], float]]:
                 adam.step()
 
         def timed() -> float:
-            with precision(compiled or "highest"):
+            with matmul_precision(compiled or "highest"):
                 return seconds(epoch) / len(loader)
 
         return timed
@@ -134,8 +134,8 @@ def trainers(x: Tensor) -> dict[str, Callable[[], float]]:
     def bare() -> None:
         for index in torch.randperm(len(x)).split(BATCH):
             _, _, *gradients = graph.compiled(x.index_select(0, index)) or ()
-            for name, gradient in zip(graph.given, gradients, strict=True):
-                trained[name].grad = gradient
+            for parameter, gradient in zip(trained.values(), gradients, strict=True):
+                parameter.grad = gradient
             adam.step()
 
     def by_graph() -> float:
@@ -187,7 +187,7 @@ def gemm_rate() -> float:
 
     def rate(m: int, k: int, n: int, name: str) -> float:
         a, b = torch.randn(m, k), torch.randn(n, k)
-        with precision(name):
+        with matmul_precision(name):
             return 2 * m * k * n / min(seconds(lambda: a @ b.T) for _ in range(10))
 
     shapes = ((1000, 400, 784), (2048, 2048, 2048))
