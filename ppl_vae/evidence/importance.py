@@ -174,12 +174,17 @@ class _Guided:
         return self.graphs.parts(num_samples, len(self.wide[0]))
 
     def log_weights(self, part: slice) -> Tensor:
-        if self.graphs is not None and not pyro.infer.util.is_validation_enabled():
-            found = self.graphs.log_weights(self.wide, self._some(part), self.log_q[part])
+        if self.graphs is not None:
+            if pyro.infer.util.is_validation_enabled():
+                self._log_joint(slice(part.start, part.start + 1))  # one sample of each datum shows what is refused
+            with pyro.validation_enabled(False):
+                found = self.graphs.log_weights(self.wide, self._some(part), self.log_q[part])
             if found is not None:
                 return found[:, : len(self.args[0])]
-        log_joint = self.pair.log_joint(self.latents_of(part), *self.args, num_samples=part.stop - part.start)
-        return log_joint - self.log_q[part, : len(self.args[0])]
+        return self._log_joint(part) - self.log_q[part, : len(self.args[0])]
+
+    def _log_joint(self, part: slice) -> Tensor:
+        return self.pair.log_joint(self.latents_of(part), *self.args, num_samples=part.stop - part.start)
 
     def _some(self, part: slice) -> Values:
         return {name: value[part] for name, value in self.z.items()}
