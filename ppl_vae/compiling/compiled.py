@@ -142,8 +142,13 @@ def _key(recording: Recording) -> str:
 def _program(recording: Recording, inputs: tuple[Tensor, ...]) -> Callable[..., Outputs]:
     key = _key(recording)
     if key not in _PROGRAMS:
-        # Random numbers as eager torch draws them; as many threads as torch has, not as the machine.
-        options: dict[str, Any] = {"fallback_random": True, "cpp.threads": torch.get_num_threads()}
+        # Random numbers as eager torch draws them; as many threads as torch has, not as the machine; the vector
+        # instructions that the processor says it has, without ten seconds of compiling to see whether they run.
+        options: dict[str, Any] = {
+            "fallback_random": True,
+            "cpp.vec_isa_ok": True,
+            "cpp.threads": torch.get_num_threads(),
+        }
         if inputs[0].is_cuda:
             options["triton.cudagraphs"] = True
         try:
