@@ -18,9 +18,10 @@ from torch import Tensor
 
 import ppl_vae as pv
 from ppl_vae import coin
-from ppl_vae.evidence import annealed_importance_sampling, importance_sampling
+from ppl_vae.evidence import annealed_importance_sampling, annealing, importance_sampling
 from ppl_vae.evidence.annealing import Work
 from ppl_vae.evidence.blocks import Block, blocks, looked_at
+from ppl_vae.evidence.graphs import PathGraphs
 from ppl_vae.evidence.path import PILOT_CESS, Path, Schedule, State, _largest_step
 from ppl_vae.evidence.stream import COLUMNS
 from ppl_vae.proposals import Defensive, Guide, Prior, Proposal, StudentT, Widened
@@ -702,3 +703,34 @@ def test_the_largest_step_keeps_the_conditional_ess() -> None:
         assert w.sum() ** 2 / w.square().sum() / len(w) == pytest.approx(PILOT_CESS, abs=1e-6)
     log_ratio[::2, 1] = -torch.inf  # chains where the model is impossible do not stop the others
     assert _largest_step(log_ratio, most)[1] > 0.01
+
+
+def test_graphs_of_several_blocks_give_what_an_eager_run_gives(
+    graphs_as_recorded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three blocks of other data and a short one; a graph for each number of chains, the pilot's and the run's."""
+    monkeypatch.setattr(annealing, "BLOCK_ROWS", 7 * CHAINS)
+    lg = pairs.linear_gaussian()
+    x = pairs.simulated(lg, num_data=23)
+
+    def log_px(*, compile: bool) -> Tensor:
+        return annealed_importance_sampling(
+            lg.model, lg.perturbed_guide(), x, num_chains=CHAINS, num_temperatures=3, num_leapfrog=2, compile=compile
+        ).log_px
+
+    eager = log_px(compile=False)
+    assert (log_px(compile=True) - eager).abs().max() < 1e-9
+    assert len(graphs_as_recorded) == 2
+
+    class OfTheFirst(PathGraphs):
+        """The mutant: every block is scored by the graph that holds the first block's data."""
+
+        def of(self, at: Any, batch: int) -> Any:
+            self.kept = getattr(self, "kept", None) or super().of(at, batch)
+            return self.kept
+
+    monkeypatch.setattr(annealing, "PathGraphs", OfTheFirst)
+    x = x[:21]
+    wrong = log_px(compile=True)
+    assert (wrong[:7] - eager[:7]).abs().max() < 1e-9
+    assert (wrong[7:] - eager[7:21]).abs().max() > 0.1

@@ -55,12 +55,13 @@ class Compiled:
         cause: why it is not compiled, or None.
 
     Example:
-        >>> weight = torch.tensor([2.0, 3.0])
-        >>> product = Compiled(lambda x: (x * weight,), what="the product")
-        >>> found = product(torch.ones(2))                           # doctest: +SKIP
-        >>> weight[0] = 5.0                                          # doctest: +SKIP
-        >>> product(torch.ones(2))                                   # doctest: +SKIP
-        [tensor([5., 3.])]
+        >>> size = Compiled(lambda x: (x if x.sum() > 0 else -x,), what="the size")
+        >>> with warnings.catch_warnings(record=True) as said:
+        ...     warnings.simplefilter("always")
+        ...     size(torch.ones(2)) is None      # a graph of this run would be wrong for −1
+        True
+        >>> len(said), size.cause.split(" in ")[0]
+        (1, 'it reads the value of a tensor (bool)')
     """
 
     def __init__(self, function: Callable[..., Outputs], *, what: str, verified: bool = False) -> None:

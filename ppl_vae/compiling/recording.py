@@ -46,19 +46,21 @@ class Recording:
 
     Attributes:
         graph: takes the inputs, then what was lifted; holds no tensors itself.
+        inputs: of the run that was recorded.
         lifted: every tensor that the function reached by itself: parameters, buffers, constants. They are these very
             tensors, so that the graph sees what becomes of them.
-        outputs: of the run that was recorded.
+        outputs: of that run.
     """
 
     graph: GraphModule
+    inputs: tuple[Tensor, ...]
     lifted: list[Tensor]
     outputs: Outputs
 
     @property
     def text(self) -> str:
         """Everything about the graph: two with the same text compute the same of the same tensors."""
-        return f"{self.graph.code}\n{[_described(t) for t in (*self.graph.meta['inputs'], *self.lifted)]}"
+        return f"{self.graph.code}\n{[_described(t) for t in (*self.inputs, *self.lifted)]}"
 
 
 def recorded(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Recording:
@@ -109,8 +111,7 @@ def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Rec
     _own_outputs(graph, outputs[0])
     _unfuse_biases(graph)
     graph.recompile()
-    graph.meta["inputs"] = inputs
-    return Recording(graph, lifted, outputs[0])
+    return Recording(graph, inputs, lifted, outputs[0])
 
 
 class _Reads(TorchFunctionMode):

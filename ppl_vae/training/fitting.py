@@ -92,8 +92,10 @@ def fit(
     Raises:
         TypeError: for data of no known kind, or batches with more tensors than the programs take.
         ValueError: for no data, NaN in them, or data outside the likelihood's support (every datum is checked in the
-            first epoch); for a checkpoint that is corrupt, of another pair, or of a run with other settings; of several
-            processes, for a pair without a plate over the data, or whose plate does not follow their number.
+            first epoch); for a latent that all data share in more than one batch, unless the plate over the data says
+            how many there are (`subsample_size`); for a checkpoint that is corrupt, of another pair, or of a run with
+            other settings; of several processes, for a pair without a plate over the data, or whose plate does not
+            follow their number.
         FileExistsError: when there is a checkpoint in the folder and `resume` is False.
         RuntimeError: when there is nothing to train, when a network is not registered or hides behind an earlier one
             of the same name in the parameter store, and when loss or gradient are no longer finite. The sentence
