@@ -75,7 +75,8 @@ class Batches:
         # All the data in one batch keep their order: an autoguide has a parameter for each datum, in that order.
         elif self.num_data > self.size:
             order = processes.from_first(lambda: torch.randperm(self.num_data))
-            yield from self._each(index[share] for index in order.split(self.size))
+            indices = order.split(self.size)
+            yield from self._each(indices if processes.world_size() == 1 else (index[share] for index in indices))
         else:
             yield self._at(torch.arange(self.num_data)[share])
 

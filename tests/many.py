@@ -154,9 +154,9 @@ def gradients(folder: Path) -> Found:
         batches = Batches(data(), batch_size)
         with mutants.get(name, contextlib.nullcontext()):
             trained = Trained(model_, guide_, objective, batches, compile=False)
-            optimizer = torch.optim.SGD(trained.parameters.values(), lr=1e-2)
+            trained.optimizer = torch.optim.SGD(trained.parameters.values(), lr=1e-2)  # which sees a gradient's scale
             pyro.set_rng_seed(1)
-            terms = [trained.step(optimizer, b, None, "a step") for _ in range(2) for b in batches]
+            terms = [trained.step(b, "a step") for _ in range(2) for b in batches]
         found[name] = {**stored(), "terms": torch.tensor(terms, dtype=torch.float64)}
     return found
 

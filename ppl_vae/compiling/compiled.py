@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro.util
@@ -13,12 +13,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from ppl_vae.compiling.ordering import WritesEarly
 from ppl_vae.compiling.recording import (
     NotCompiled,
     Outputs,
     Recording,
-    random_numbers_set_back,
+    copies,
     recorded,
+    set_back,
     verify,
 )
 
@@ -50,6 +52,8 @@ class Compiled:
             runs without them.
         what: it is, for the warning: "the training step".
         verified: whether the same was recorded before of other tensors, so that a graph that is known can be trusted.
+        state: gives the tensors that the function may write to. It must be their values that count, and not which
+            tensors they are.
 
     Attributes:
         cause: why it is not compiled, or None.
@@ -64,8 +68,15 @@ class Compiled:
         (1, 'it reads the value of a tensor (bool)')
     """
 
-    def __init__(self, function: Callable[..., Outputs], *, what: str, verified: bool = False) -> None:
-        self.function, self.what, self.verified = function, what, verified
+    def __init__(
+        self,
+        function: Callable[..., Outputs],
+        *,
+        what: str,
+        verified: bool = False,
+        state: Callable[[], Sequence[Tensor]] = tuple,
+    ) -> None:
+        self.function, self.what, self.verified, self.state = function, what, verified, state
         self.cause: str | None = None
         self._runs: dict[Any, Callable[..., Outputs]] = {}
         self._seen: Counter[Any] = Counter()
@@ -97,7 +108,7 @@ class Compiled:
             return False
         state = pyro.util.get_rng_state()  # of Python and NumPy too, of which the runs below may have taken some
         try:
-            self._runs[kind] = _run(self.function, inputs, self.verified)
+            self._runs[kind] = _run(self.function, inputs, self.state(), self.verified)
         except NotCompiled as reason:
             self.give_up(str(reason))
             return False
@@ -106,24 +117,26 @@ class Compiled:
         return True
 
 
-def _run(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], verified: bool) -> Callable[..., Outputs]:
+def _run(
+    function: Callable[..., Outputs], inputs: tuple[Tensor, ...], state: Sequence[Tensor], verified: bool
+) -> Callable[..., Outputs]:
     """The function as a compiled graph with the tensors that it reaches by itself."""
     try:
-        recording = recorded(function, inputs)
+        recording = recorded(function, inputs, state)
         verified = verified and _key(recording) in _PROGRAMS
         if not verified:
             # Though the program may be known: another function with the same graph may not be the same in every run.
-            verify(function, inputs, recording)
+            verify(function, inputs, recording, state)
     except NotCompiled:
         raise
     except Exception as error:  # what a program may raise when it is recorded has no common type
         raise NotCompiled(f"recording it failed ({_first_line(error)})") from error
-    program, lifted = _program(recording, inputs), recording.lifted
+    program, lifted = _program(recording, state), recording.lifted
 
     def run(*inputs: Tensor) -> Outputs:
         return program(*inputs, *lifted)
 
-    if not verified and not _close(_found(run, inputs), recording.outputs):
+    if not verified and not _close(_found(run, inputs, state), (*recording.outputs, *recording.written)):
         raise NotCompiled(
             "its graph gives other numbers than the program, as when random numbers are set back inside of it, or "
             "are a Bernoulli's in float64"
@@ -131,17 +144,18 @@ def _run(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], verified:
     return run
 
 
-def _found(run: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Outputs:
-    with torch.no_grad(), random_numbers_set_back(inputs):
-        return run(*inputs)
+def _found(run: Callable[..., Outputs], inputs: tuple[Tensor, ...], state: Sequence[Tensor]) -> Outputs:
+    """What it gives, and what it makes of the state."""
+    with torch.no_grad(), set_back(inputs, state):
+        return (*run(*inputs), *copies(state))
 
 
 def _key(recording: Recording) -> str:
     return f"{torch.get_num_threads()} {torch.get_default_dtype()} {recording.text}"
 
 
-def _program(recording: Recording, inputs: tuple[Tensor, ...]) -> Callable[..., Outputs]:
-    key = _key(recording)
+def _program(recording: Recording, state: Sequence[Tensor]) -> Callable[..., Outputs]:
+    key, inputs = _key(recording), recording.inputs
     if key not in _PROGRAMS:
         # Random numbers as eager torch draws them; as many threads as torch has, not as the machine; the vector
         # instructions that the processor says it has, without ten seconds of compiling to see whether they run.
@@ -150,10 +164,12 @@ def _program(recording: Recording, inputs: tuple[Tensor, ...]) -> Callable[..., 
             "cpp.vec_isa_ok": True,
             "cpp.threads": torch.get_num_threads(),
         }
+        if state:
+            options |= {"post_grad_custom_post_pass": WritesEarly(), "reorder_for_locality": False}
         if inputs[0].is_cuda:
             options["triton.cudagraphs"] = True
         try:
-            with torch.no_grad(), random_numbers_set_back(inputs):
+            with torch.no_grad(), set_back(inputs, state):
                 # The compiler behind torch.compile; what comes before it there has been done, and would cost half a
                 # millisecond in every call.
                 program = torch._inductor.compile(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +48,16 @@ class Recording:
         graph: takes the inputs, then what was lifted; holds no tensors itself.
         inputs: of the run that was recorded.
         lifted: every tensor that the function reached by itself: parameters, buffers, constants. They are these very
-            tensors, so that the graph sees what becomes of them.
+            tensors, so that the graph sees what becomes of them, and writes to them.
         outputs: of that run.
+        written: what it made of the state.
     """
 
     graph: GraphModule
     inputs: tuple[Tensor, ...]
     lifted: list[Tensor]
     outputs: Outputs
+    written: list[Tensor]
 
     @property
     def text(self) -> str:
@@ -63,26 +65,28 @@ class Recording:
         return f"{self.graph.code}\n{[_described(t) for t in (*self.inputs, *self.lifted)]}"
 
 
-def recorded(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Recording:
+def recorded(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], state: Sequence[Tensor] = ()) -> Recording:
     """Records `function` on some inputs. Pyro's own checks are off, and its warnings of NaN.
 
-    Random numbers are afterwards where they were.
+    Random numbers, and the state, are afterwards what they were.
 
     Raises:
         NotCompiled: when the function reads values, when its shapes depend on them, or when it changes a tensor that
-            was there before.
+            was there before and does not belong to the state.
     """
-    with random_numbers_set_back(inputs):
-        return _record(function, inputs)
+    with set_back(inputs, state):
+        return _record(function, inputs, state)
 
 
-def verify(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], recording: Recording) -> None:
+def verify(
+    function: Callable[..., Outputs], inputs: tuple[Tensor, ...], recording: Recording, state: Sequence[Tensor] = ()
+) -> None:
     """Records once more, on the rows of the inputs in reverse order, which must give the same graph.
 
     Raises:
         NotCompiled: when it does not, or when it holds other numbers.
     """
-    again = recorded(function, tuple(map(_reversed, inputs)))
+    again = recorded(function, tuple(map(_reversed, inputs)), state)
     if recording.text != again.text:
         raise NotCompiled("it does not do the same in every run: something in it depends on values, or keeps count")
     for one, other in zip(recording.lifted, again.lifted, strict=True):
@@ -90,11 +94,11 @@ def verify(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], recordi
             raise NotCompiled("it makes tensors of numbers that are not torch's, and of other numbers in every run")
 
 
-def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Recording:
+def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], state: Sequence[Tensor]) -> Recording:
     outputs: list[Outputs] = []
 
     def watched(*args: Tensor) -> Outputs:
-        with _Values(), _Reads():
+        with _Values(state), _Reads():
             found = tuple(function(*args))
         outputs.append(tuple(t.detach() for t in found))
         return found
@@ -107,11 +111,12 @@ def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...]) -> Rec
         mock.patch.object(torch.distributions.Distribution, "_validate_sample", return_value=None),
     ):
         graph = make_fx(watched)(*inputs)
+    written = copies(state)
     lifted = _lift(graph)
     _own_outputs(graph, outputs[0])
     _unfuse_biases(graph)
     graph.recompile()
-    return Recording(graph, inputs, lifted, outputs[0])
+    return Recording(graph, inputs, lifted, outputs[0], written)
 
 
 class _Reads(TorchFunctionMode):
@@ -128,13 +133,14 @@ class _Reads(TorchFunctionMode):
 class _Values(TorchDispatchMode):
     """Refuses a read that reaches torch by another way, in a shape too, and a write to a tensor that was there before.
 
-    A graph cannot say what becomes of such a tensor afterwards. The write is refused before it is done, so that the
-    eager run that follows finds what it would have found.
+    A graph cannot say what becomes of such a tensor afterwards, unless it belongs to the state. The write is refused
+    before it is done, so that the eager run that follows finds what it would have found.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state: Sequence[Tensor]) -> None:
         super().__init__()
-        self.made: dict[int, StorageWeakRef] = {}  # which keep an address from being given to another storage
+        # References keep an address from being given to another storage.
+        self.made = {_storage(tensor): StorageWeakRef(tensor.untyped_storage()) for tensor in state}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READING_OPERATIONS:
@@ -225,14 +231,15 @@ def _own_outputs(graph: GraphModule, outputs: Outputs) -> None:
 
 def _origin(node: Any) -> Any:
     """The node that made the memory in which the value of `node` lies."""
-    while _is_view(node):
+    while is_view(node):
         node = node.args[0]
     return node
 
 
-def _is_view(node: Any) -> bool:
+def is_view(node: Any) -> bool:
+    """Whether its value lies in the memory of another's."""
     if node.target is operator.getitem:
-        return _is_view(node.args[0])
+        return is_view(node.args[0])
     return _is_operation(node) and any(result.alias_info is not None for result in node.target._schema.returns)
 
 
@@ -259,11 +266,25 @@ def _is_operation(node: Any) -> bool:
 
 
 @contextmanager
-def random_numbers_set_back(inputs: tuple[Tensor, ...]) -> Iterator[None]:
-    """Torch's random numbers are set back afterwards; Python's and NumPy's go on, which must make no difference."""
+def set_back(inputs: tuple[Tensor, ...], state: Sequence[Tensor]) -> Iterator[None]:
+    """Torch's random numbers and the state are set back afterwards.
+
+    Python's random numbers and NumPy's go on, which must make no difference.
+    """
     devices = {x.device for x in inputs if x.is_cuda}
+    before = copies(state)
     with torch.random.fork_rng(devices=list(devices)):
-        yield
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The values that they have now."""
+    return [tensor.detach().clone() for tensor in tensors]
 
 
 def _described(tensor: Tensor) -> tuple[Any, ...]:

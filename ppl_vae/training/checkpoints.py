@@ -27,8 +27,7 @@ class Run:
     """All that `fit` changes as it goes.
 
     Attributes:
-        trained: the pair, its parameters and buffers.
-        optimizer: with its moments.
+        trained: the pair, its parameters and buffers, and its optimiser's moments.
         history: of whole epochs.
         best: the values of parameters and buffers where validation was lowest.
         best_loss: on the validation data, there.
@@ -36,7 +35,6 @@ class Run:
     """
 
     trained: Trained
-    optimizer: torch.optim.Optimizer
     history: History = field(default_factory=History)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_loss: float = inf
@@ -51,7 +49,7 @@ class Run:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What is kept of a run, by kind and name."""
-        moments = {name: self.optimizer.state.get(p, {}) for name, p in self.trained.parameters.items()}
+        moments = {name: self.trained.optimizer.state.get(p, {}) for name, p in self.trained.parameters.items()}
         return {
             "parameter": self.trained.parameters,
             "buffer": self.trained.buffers(),
@@ -72,7 +70,7 @@ class Run:
         for key_and_name, value in kept["moment"].items():
             key, name = key_and_name.split(" ", 1)
             states[place[name]][key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
+        self.trained.optimizer.load_state_dict({**self.trained.optimizer.state_dict(), "state": states})
         self.best = kept["best"]
         self.trained.last_good = self.trained.copy()
         for device, state in kept["random state"].items() if processes.is_first() else ():

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyro
-import torch
 from pyro.infer import ELBO, Trace_ELBO
 from tqdm.auto import tqdm
 
@@ -104,6 +103,7 @@ def fit(
         FailedElsewhere: when another process has failed, which says why.
 
     Example:
+        >>> import torch
         >>> from ppl_vae.vae import VAE
         >>> vae = VAE((3,), latent_dim=2)
         >>> x = torch.eye(3).repeat(20, 1)
@@ -144,9 +144,9 @@ def fit(
         processes.interrupted_together(),
     ):
         warnings.filterwarnings("ignore", message="Encountered NaN", category=UserWarning)  # said below, with the site
-        trained = Trained(model, guide, objective, batches, compile=compile)
-        optimizer = torch.optim.Adam(trained.parameters.values(), lr=rate(0.0), eps=eps, fused=True)
-        run = Run(trained, optimizer)
+        adam: dict[str, Any] = {"learning_rate": rate(0.0), "eps": eps, "clip_norm": clip_norm}
+        trained = Trained(model, guide, objective, batches, **adam, compile=compile)
+        run = Run(trained)
         trained.set_progress(kept.epochs / epochs)
         kept.restore(run, batches)
         history, start = run.history, kept.epochs
@@ -167,9 +167,8 @@ def fit(
                     for index, batch in enumerate(batches):
                         share = (epoch + index / len(batches)) / epochs
                         trained.set_progress(share)
-                        for group in optimizer.param_groups:
-                            group["lr"] = rate(share)
-                        step = trained.step(optimizer, batch, clip_norm, f"epoch {epoch + 1}, batch {index + 1}")
+                        trained.set_learning_rate(rate(share))
+                        step = trained.step(batch, f"epoch {epoch + 1}, batch {index + 1}")
                         sums = sums[0] + step[0], sums[1] + step[1], sums[2] + step[2]
                 history.add(sums[0] / sums[2], sums[1] / sums[2])
                 sums = (0.0, 0.0, 0.0)
@@ -195,7 +194,7 @@ def fit(
                 history.add(sums[0] / sums[2], sums[1] / sums[2])
         finally:
             bar.close()
-            optimizer.zero_grad()
+            trained.optimizer.zero_grad()
             kept.write()
     history.seconds = time.perf_counter() - began
     return history

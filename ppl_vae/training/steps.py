@@ -21,6 +21,7 @@ from ppl_vae.batches import Batch, Batches
 from ppl_vae.objectives import Objective, Terms
 from ppl_vae.scoring import Program
 from ppl_vae.training import sharing
+from ppl_vae.training.adam import Update
 from ppl_vae.training.graphs import Graph, Step
 from ppl_vae.training.sharing import RECORDED, Sums
 
@@ -31,15 +32,27 @@ KEPT_EVERY = 8
 class Trained:
     """A pair and an objective, with every parameter that a step changes."""
 
-    def __init__(self, model: Program, guide: Program, objective: Any, batches: Batches, *, compile: bool) -> None:
-        self.model, self.guide, self.objective = model, guide, objective
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        objective: Any,
+        batches: Batches,
+        *,
+        learning_rate: float = 1e-3,
+        eps: float = 1e-8,
+        clip_norm: float | None = None,
+        compile: bool = False,
+    ) -> None:
+        self.model, self.guide, self.objective, self.clip_norm = model, guide, objective, clip_norm
         self.first = True
         batch = next(batches.ordered())
         _check_arguments(model, batch)
         self.parameters, self.called, sites = parameters.find(model, guide, batch)
         self.stored = set(pyro.get_param_store().keys())
         sharing.synchronise(self.parameters | self.buffers() | self.frozen())
-        self.last_good = self.copy()
+        self.optimizer = torch.optim.Adam(self.parameters.values(), learning_rate, eps=eps, fused=True)
+        self.last_good, self.spare = self.copy(), self.copy()
         # With plate(N, subsample_size=B) the loss of a batch is an estimate for all N data.
         names = scoring.data_plates(sites, len(batch[0]))
         frames = {f for site in sites.values() for f in site["cond_indep_stack"] if f.name in names}
@@ -65,7 +78,10 @@ class Trained:
         if processes.world_size() > 1:
             sharing.check(model, guide, objective, batch, self.plates)
         self.recorded_size = len(batch[0]) if isinstance(objective, RECORDED) else None
-        self.graph = Graph(model, guide, objective, self.parameters, self.per_datum) if compile else None
+        # What several processes have to add up, and what lies on a GPU, is updated outside of the graph.
+        self.updates = processes.world_size() == 1 and all(_is_plain(p) for p in self.parameters.values())
+        update = Update(self.optimizer, self.parameters, clip_norm) if self.updates else None
+        self.graph = Graph(model, guide, objective, self.parameters, self.per_datum, update) if compile else None
         if self.graph is not None and parts > len(batches) and self.has_globals and self.num_data is None:
             self.graph.compiled.give_up("what all data have in common is shared out anew in every step")
         self.steps = 0
@@ -85,14 +101,21 @@ class Trained:
             )
         return loss / (self.num_data or len(batch[0]))
 
-    def step(self, optimizer: torch.optim.Optimizer, batch: Batch, clip_norm: float | None, where: str) -> Sums:
+    def set_learning_rate(self, rate: float) -> None:
+        """That of the steps from now on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def step(self, batch: Batch, where: str) -> Sums:
         """One step of the optimiser on one batch: the loss and the bound per datum before it, and 1, each times the
         number of data.
 
         Of several processes each has a share of the batch, and all do the step of one process on the whole batch.
         """
+        if self.graph is not None and self.updates and (step := self._updated(self.graph, batch)) is not None:
+            return step.loss * len(batch[0]), step.bound * len(batch[0]), len(batch[0])
         state = torch.get_rng_state()
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         counted_once = self._counted_once(batch)
 
         def differentiate() -> Sums:
@@ -116,13 +139,25 @@ class Trained:
             parameters.check_gradients(self.parameters, self._gradients(), self.objective)
             self.first = False
         norm = self._finite_norm(terms[0], batch, state, where)
-        if clip_norm is not None:
-            clip_grads_with_norm_(self.parameters.values(), clip_norm, torch.as_tensor(norm))
+        if self.clip_norm is not None:
+            clip_grads_with_norm_(self.parameters.values(), self.clip_norm, torch.as_tensor(norm))
         if self.steps % KEPT_EVERY == 0:
             self._keep()
+            self._make_good()
         self.steps += 1
-        optimizer.step()
+        self.optimizer.step()
         return terms
+
+    def _updated(self, graph: Graph, batch: Batch) -> Step | None:
+        """The step in the graph, if there is one, and if all is finite."""
+        if self.steps % KEPT_EVERY == 0:
+            self._keep()
+        step = graph(batch)
+        if step is not None:
+            if self.steps % KEPT_EVERY == 0:
+                self._make_good()
+            self.steps += 1
+        return step
 
     def _counted_once(self, batch: Batch) -> AbstractContextManager[Any]:
         """What all data have in common counts once in all processes; with a subsampled plate it does so anyway."""
@@ -150,14 +185,17 @@ class Trained:
 
         That moves random numbers, which a run that goes on must find where they were.
         """
+        batch = next(batches.ordered())
+        if self.graph is not None and self.updates:
+            self.graph.is_first(batch)
         with pyro.validation_enabled(False):  # what it finds is said in the first step
-            self._backward(next(batches.ordered()))
+            self._backward(batch)
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def _backward(self, batch: Batch) -> tuple[float, float]:
         """Adds the gradient of the loss per datum to the parameters; the loss, and the bound."""
-        step = self.graph(batch) if self.graph is not None else None
+        step = self.graph(batch) if self.graph is not None and not self.updates else None
         # What several processes have added up has another norm than each share.
         self.norm = None if step is None or processes.world_size() > 1 else step.norm
         return self._backward_eagerly(batch) if step is None else self._take(step)
@@ -256,11 +294,16 @@ class Trained:
             sharing.synchronise(buffers)
 
     def _keep(self) -> None:
-        """Makes the state before a step a good one to go back to: parameters into the same memory, which is faster."""
-        kept = [self.last_good[name] for name in self.parameters]
+        """Copies the state before a step, of which it is not known yet whether it is good."""
+        # Parameters into the same memory, which is faster.
+        kept = [self.spare[name] for name in self.parameters]
         torch._foreach_copy_(kept, [p.detach() for p in self.parameters.values()])
         for name, buffer in self.buffers().items():
-            self.last_good[name] = buffer.clone()
+            self.spare[name] = buffer.clone()
+
+    def _make_good(self) -> None:
+        """Makes what was kept the state to go back to."""
+        self.last_good, self.spare = self.spare, self.last_good
 
     def _raise_if_not_finite(self, batch: Batch, state: Tensor, where: str) -> None:
         """Runs the pair again with the same random numbers, and names the first site that is not finite."""
@@ -279,6 +322,10 @@ class Trained:
                             f"The loss is no longer finite in {where}: site '{name}' of the {program} has values or "
                             f"log-probabilities that are NaN or infinite. {_REMEDY}"
                         )
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    return parameter.device.type == "cpu" and parameter.is_floating_point()
 
 
 def _said(error: ValueError) -> str:
