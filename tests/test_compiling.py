@@ -328,6 +328,31 @@ def test_an_edited_function_is_another_one(graphs_as_recorded: list[Any]) -> Non
     assert Compiled(cell["function"], what="it")(x)[0].tolist() == [9.0, 9.0]  # type: ignore[index]
 
 
+def test_what_was_verified_is_recorded_once_and_what_looks_like_it_is_not_trusted(
+    monkeypatch: pytest.MonkeyPatch, graphs_as_recorded: list[Any]
+) -> None:
+    recordings: list[Any] = []
+    original = recording._record
+    monkeypatch.setattr(recording, "_record", lambda *args: (recordings.append(args), original(*args))[1])
+    weight, number, x = torch.tensor([2.0, 3.0]), 0.5, torch.ones(2)
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return (x * weight * torch.tensor(number),)
+
+    def count() -> int:
+        recordings.clear()
+        assert Compiled(function, what="it")(x)[0].tolist() == (weight * number).tolist()  # type: ignore[index]
+        return len(recordings)
+
+    assert [count(), count()] == [2, 1]
+    weight = torch.tensor([2.0, 3.0])  # another tensor, which may be made anew in every run
+    assert [count(), count()] == [2, 1]
+    number = 0.25
+    assert [count(), count()] == [2, 1]
+    with pytest.warns(UserWarning, match="numbers that are not torch's"):
+        assert Compiled(lambda x: (x * weight * torch.tensor(random.random()),), what="it")(x) is None
+
+
 def test_default_types_are_part_of_a_program(graphs_as_recorded: list[Any]) -> None:
     def function(x: Tensor) -> tuple[Tensor, ...]:
         return (x / 3,)

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 import pyro.util
 import torch
@@ -34,6 +35,9 @@ TOLERANCE = 1e-3
 # else, so that a program that was edited is another one, whatever it is called.
 _PROGRAMS: OrderedDict[str, Callable[..., Outputs]] = OrderedDict()
 MOST_PROGRAMS = 64
+# What those that were verified reached by themselves when they were; single numbers as they are, which distributions make
+# anew in each run. Whoever reaches the same again has the graph that was looked into, and no tensors of random numbers.
+_VERIFIED: dict[str, list[ref[Tensor] | Tensor]] = {}
 
 
 class Compiled:
@@ -123,9 +127,8 @@ def _run(
     """The function as a compiled graph with the tensors that it reaches by itself."""
     try:
         recording = recorded(function, inputs, state)
-        verified = verified and _key(recording) in _PROGRAMS
+        verified = _is_known(recording) or (verified and _key(recording) in _PROGRAMS)
         if not verified:
-            # Though the program may be known: another function with the same graph may not be the same in every run.
             verify(function, inputs, recording, state)
     except NotCompiled:
         raise
@@ -141,7 +144,17 @@ def _run(
             "its graph gives other numbers than the program, as when random numbers are set back inside of it, or "
             "are a Bernoulli's in float64"
         )
+    _VERIFIED[_key(recording)] = [ref(tensor) if tensor.numel() > 1 else tensor for tensor in lifted]
     return run
+
+
+def _is_known(recording: Recording) -> bool:
+    """Whether this very graph of these very tensors was verified before, and is compiled."""
+    known = _VERIFIED.get(_key(recording)) if _key(recording) in _PROGRAMS else None
+    return known is not None and all(
+        torch.equal(one, tensor) if isinstance(one, Tensor) else one() is tensor
+        for one, tensor in zip(known, recording.lifted, strict=True)
+    )
 
 
 def _found(run: Callable[..., Outputs], inputs: tuple[Tensor, ...], state: Sequence[Tensor]) -> Outputs:
@@ -180,7 +193,8 @@ def _program(recording: Recording, state: Sequence[Tensor]) -> Callable[..., Out
             raise NotCompiled(f"the compiler refused it ({_first_line(error)})") from error
         _PROGRAMS[key] = program
         if len(_PROGRAMS) > MOST_PROGRAMS:
-            _PROGRAMS.popitem(last=False)
+            oldest, _ = _PROGRAMS.popitem(last=False)
+            _VERIFIED.pop(oldest, None)
     _PROGRAMS.move_to_end(key)
     return _PROGRAMS[key]
 
