@@ -119,9 +119,13 @@ def test_a_wrong_weight_would_be_seen(case: str, found: list[Found], folder: Pat
 
 
 def test_fit_does_the_same_steps_whatever_the_number_of_processes(found: list[Found], folder: Path) -> None:
-    """With the noise given: the same batches, clipping, history and validation."""
-    assert same(found[0]["fitting"], found[1]["fitting"])
-    assert same(found[0]["fitting"], many.fitting(folder), tolerance=1e-9)
+    """With the noise given: the same batches, clipping, history, validation, and end."""
+    one, other = (f["fitting"] for f in found)
+    assert same(one, other)
+    assert same(one, many.fitting(folder), tolerance=1e-9)
+    assert one["stopped early"]["stopped"] == "early stopping"
+    validation = one["stopped early"]["history"][2]
+    assert validation.argmin() == len(validation) - 3 > 0
 
 
 def test_each_process_draws_noise_of_its_own(found: list[Found], folder: Path) -> None:

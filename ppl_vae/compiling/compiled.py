@@ -35,8 +35,8 @@ TOLERANCE = 1e-3
 # else, so that a program that was edited is another one, whatever it is called.
 _PROGRAMS: OrderedDict[str, Callable[..., Outputs]] = OrderedDict()
 MOST_PROGRAMS = 64
-# What those that were verified reached by themselves when they were; single numbers as they are, which distributions make
-# anew in each run. Whoever reaches the same again has the graph that was looked into, and no tensors of random numbers.
+# What those that were verified reached by themselves when they were; single numbers as they are, which distributions
+# make anew in each run. Whoever reaches the same again has the graph that was looked into, and no random numbers.
 _VERIFIED: dict[str, list[ref[Tensor] | Tensor]] = {}
 
 

@@ -177,8 +177,7 @@ class _Guided:
         if self.graphs is not None:
             if pyro.infer.util.is_validation_enabled():
                 self._log_joint(slice(part.start, part.start + 1))  # one sample of each datum shows what is refused
-            with pyro.validation_enabled(False):
-                found = self.graphs.log_weights(self.wide, self._some(part), self.log_q[part])
+            found = self.graphs.log_weights(self.wide, self._some(part), self.log_q[part])
             if found is not None:
                 return found[:, : len(self.args[0])]
         return self._log_joint(part) - self.log_q[part, : len(self.args[0])]

@@ -182,6 +182,45 @@ def samplers(x: Tensor) -> dict[str, Callable[[], float]]:
     }
 
 
+def annealers(x: Tensor) -> dict[str, Callable[[], float]]:
+    """Seconds of a gradient of log p(x, z) in annealed importance sampling, and of the same by hand, by contestant."""
+    ours, plain = vae(), Plain()
+    chains, temperatures, leapfrog = 8, 10, 5
+    gradients = chains * len(x) * (1 + (temperatures - 1) * leapfrog)
+
+    def annealed(*, compile: bool) -> float:
+        def run() -> None:
+            pv.annealed_importance_sampling(
+                ours.model,
+                ours.guide,
+                x,
+                num_chains=chains,
+                num_temperatures=temperatures,
+                num_leapfrog=leapfrog,
+                compile=compile,
+            )
+
+        return seconds(run) / gradients
+
+    def by_hand() -> float:
+        """Only the gradients, without moves: what a loop in PyTorch could not do without."""
+
+        def gradient(z: Tensor) -> Tensor:
+            z = z.requires_grad_()
+            logits = plain.decoder(z)
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="sum")
+            return torch.autograd.grad(loss + 0.5 * z.square().sum(), z)[0]
+
+        noise = torch.randn(chains, len(x), LATENT)
+        return seconds(lambda: [gradient(noise.clone()) for _ in range(gradients // (chains * len(x)))]) / gradients
+
+    return {
+        "annealed_importance_sampling(compile=True)": lambda: annealed(compile=True),
+        "annealed_importance_sampling": lambda: annealed(compile=False),
+        "PyTorch: the gradients alone": by_hand,
+    }
+
+
 def gemm_rate() -> float:
     """The best rate of a product of matrices, in FLOP per second."""
 

@@ -4,10 +4,10 @@
 
 Networks 784-400-400-50 and back, batches of 128 of 20,480 random binary images, Adam, float32. A round is one epoch of
 each contestant and one evaluation of each; medians of the rounds are printed, their range, and how many times as long
-as `fit(compile=True)` or `importance_sampling(compile=True)` each took. An epoch of `fit` goes from the first step of
-its second epoch to its return; every other contestant has had an epoch to warm up. The peers are scripts in ../shared
-beside the checkout, run once a round by the interpreters that are given: `--jax` with jax, numpyro and optax,
-`--pythae` with torch and pythae. Nothing else should run on the machine.
+as the first of its group each took. An epoch of `fit` goes from the first step of its second epoch to its return; every
+other contestant has had an epoch to warm up. The peers are scripts in ../shared beside the checkout, run once a round
+by the interpreters that are given: `--jax` with jax, numpyro and optax, `--pythae` with torch and pythae. Nothing else
+should run on the machine.
 """
 
 from __future__ import annotations
@@ -26,14 +26,27 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from contestants import BATCH, DECODER_FLOPS, LATENT, PIXELS, gemm_rate, images, samplers, seconds, trainers
+from contestants import (
+    BATCH,
+    DECODER_FLOPS,
+    LATENT,
+    PIXELS,
+    annealers,
+    gemm_rate,
+    images,
+    samplers,
+    seconds,
+    trainers,
+)
 
 import ppl_vae as pv
 
-NUM_DATA, SCORED = 20_480, 512
+NUM_DATA, SCORED, ANNEALED = 20_480, 512, 128
 PEERS = Path(__file__).resolve().parents[3] / "shared" / "peers"
 TRAINING, SCORING = "training, data loading included: ms per step", "log p(x): microseconds per sample"
-THOUSANDS_PER_SECOND = {TRAINING: BATCH, SCORING: 1000}  # of images, of samples: these, divided by the cost
+ANNEALING = "annealing: microseconds per gradient of log p(x, z)"
+# Of images, of samples, of gradients: these, divided by the cost.
+THOUSANDS_PER_SECOND = {TRAINING: BATCH, SCORING: 1000, ANNEALING: 1000}
 MEMORY, START = "peak memory of a process: MiB", "start: seconds"
 SETUPS = {
     "import torch, pyro": "import torch, pyro",
@@ -110,8 +123,8 @@ def main() -> None:
     torch.manual_seed(0)
 
     costs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    steps, samples = trainers(images(NUM_DATA)), samplers(images(SCORED))
-    for warm_up in (*steps.values(), *samples.values()):
+    steps, samples, annealing = trainers(images(NUM_DATA)), samplers(images(SCORED)), annealers(images(ANNEALED))
+    for warm_up in (*steps.values(), *samples.values(), *annealing.values()):
         warm_up()
     best = 0.0
     for _ in range(options.rounds):
@@ -119,6 +132,8 @@ def main() -> None:
             costs[TRAINING][name].append(step() * 1e3)
         for name, sample in samples.items():
             costs[SCORING][name].append(sample() * 1e6)
+        for name, gradient in annealing.items():
+            costs[ANNEALING][name].append(gradient() * 1e6)
         best = max(best, gemm_rate())
         for group, name, cost in peers({"jax": options.jax, "pythae": options.pythae}):
             costs[group][name].append(cost)
