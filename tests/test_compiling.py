@@ -693,6 +693,27 @@ def test_a_dropout_is_on_and_new_in_every_step(x: Tensor, graphs_as_recorded: li
     assert step.graph.compiled.cause is None
 
 
+@needs_compiler
+def test_two_parameters_in_one_memory_are_updated_one_after_the_other(x: Tensor) -> None:
+    def make() -> Any:
+        pair = Around(lambda self, x: 1.0 + pyro.module("again", pair.again)[0].square().mean())  # type: ignore[has-type]
+        pair.again = nn.ParameterList([nn.Parameter(pair.vae.model.decoder.bias.data)])
+        return pair
+
+    check_compiled(make, (x,), tolerance=1e-4)
+
+
+def test_a_second_way_to_a_parameter_is_a_reason(x: Tensor, graphs_as_recorded: list[Any]) -> None:
+    """A graph would be free to read it after the parameter has been updated."""
+
+    def make() -> Any:
+        pair = Around(lambda self, x: 1.0 + pair.alias.square().mean())  # type: ignore[has-type]
+        pair.alias = pair.vae.model.decoder.weight.detach()
+        return pair
+
+    check_eager(make, (x,), "it writes to memory that it reaches in two ways")
+
+
 def test_parameters_that_take_part_only_in_long_batches(x: Tensor, graphs_as_recorded: list[Any]) -> None:
     def make() -> Any:
         pair = Around(lambda self, x: pair.scale[0] if len(x) == BATCH else pair.scale[1])  # type: ignore[has-type]

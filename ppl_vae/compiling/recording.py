@@ -116,6 +116,7 @@ def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], state:
         graph = make_fx(watched)(*inputs)
     written = copies(state)
     lifted = _lift(graph)
+    _check_memory(state, (*inputs, *lifted))
     _own_outputs(graph, outputs[0])
     _unfuse_biases(graph)
     graph.recompile()
@@ -213,6 +214,14 @@ def _lift(graph: GraphModule) -> list[Tensor]:
     for name in [name for name, _ in (*graph.named_parameters(), *graph.named_buffers())]:
         delattr(graph, name)
     return lifted
+
+
+def _check_memory(state: Sequence[Tensor], reached: Sequence[Tensor]) -> None:
+    """Refuses a write to memory that is reached in two ways: the compiler would order one without knowing the other."""
+    written = {id(tensor) for tensor in state}
+    places = [_storage(t) for t in (*state, *(t for t in reached if id(t) not in written))]
+    if state and any(places.count(_storage(tensor)) > 1 for tensor in state):
+        raise NotCompiled("it writes to memory that it reaches in two ways")
 
 
 def _own_outputs(graph: GraphModule, outputs: Outputs) -> None:

@@ -78,8 +78,11 @@ class Trained:
         if processes.world_size() > 1:
             sharing.check(model, guide, objective, batch, self.plates)
         self.recorded_size = len(batch[0]) if isinstance(objective, RECORDED) else None
-        # What several processes have to add up, and what lies on a GPU, is updated outside of the graph.
-        self.updates = processes.world_size() == 1 and all(_is_plain(p) for p in self.parameters.values())
+        # What several processes have to add up, and what lies on a GPU, is updated outside of the graph; and so are two
+        # parameters in one memory, of which the optimiser updates one after the other.
+        places = {p.untyped_storage().data_ptr() for p in self.parameters.values()}
+        plain = all(map(_is_plain, self.parameters.values())) and len(places) == len(self.parameters)
+        self.updates = plain and processes.world_size() == 1
         update = Update(self.optimizer, self.parameters, clip_norm) if self.updates else None
         self.graph = Graph(model, guide, objective, self.parameters, self.per_datum, update) if compile else None
         if self.graph is not None and parts > len(batches) and self.has_globals and self.num_data is None:
