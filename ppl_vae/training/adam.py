@@ -12,6 +12,16 @@ from ppl_vae.compiling import NotCompiled
 from ppl_vae.parameters import Parameters
 
 
+def can_be_updated(parameters: Parameters) -> bool:
+    """Whether a graph may do the step: for real numbers on a processor, each parameter in memory of its own.
+
+    Of two in one memory the optimiser updates one after the other, and a graph would lose one of the two updates.
+    """
+    places = {p.untyped_storage().data_ptr() for p in parameters.values()}
+    plain = all(p.device.type == "cpu" and p.is_floating_point() for p in parameters.values())
+    return plain and len(places) == len(parameters)
+
+
 class Update:
     """The step that an optimiser of torch's would do, in its own tensors.
 

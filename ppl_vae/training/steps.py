@@ -21,7 +21,7 @@ from ppl_vae.batches import Batch, Batches
 from ppl_vae.objectives import Objective, Terms
 from ppl_vae.scoring import Program
 from ppl_vae.training import sharing
-from ppl_vae.training.adam import Update
+from ppl_vae.training.adam import Update, can_be_updated
 from ppl_vae.training.graphs import Graph, Step
 from ppl_vae.training.sharing import RECORDED, Sums
 
@@ -78,12 +78,9 @@ class Trained:
         if processes.world_size() > 1:
             sharing.check(model, guide, objective, batch, self.plates)
         self.recorded_size = len(batch[0]) if isinstance(objective, RECORDED) else None
-        # What several processes have to add up, and what lies on a GPU, is updated outside of the graph; and so are two
-        # parameters in one memory, of which the optimiser updates one after the other.
-        places = {p.untyped_storage().data_ptr() for p in self.parameters.values()}
-        plain = all(map(_is_plain, self.parameters.values())) and len(places) == len(self.parameters)
-        self.updates = plain and processes.world_size() == 1
-        update = Update(self.optimizer, self.parameters, clip_norm) if self.updates else None
+        # What several processes have to add up is updated outside of the graph.
+        alone = processes.world_size() == 1 and can_be_updated(self.parameters)
+        update = Update(self.optimizer, self.parameters, clip_norm) if alone else None
         self.graph = Graph(model, guide, objective, self.parameters, self.per_datum, update) if compile else None
         if self.graph is not None and parts > len(batches) and self.has_globals and self.num_data is None:
             self.graph.compiled.give_up("what all data have in common is shared out anew in every step")
@@ -115,7 +112,7 @@ class Trained:
 
         Of several processes each has a share of the batch, and all do the step of one process on the whole batch.
         """
-        if self.graph is not None and self.updates and (step := self._updated(self.graph, batch)) is not None:
+        if (step := self._updated(batch)) is not None:
             return step.loss * len(batch[0]), step.bound * len(batch[0]), len(batch[0])
         state = torch.get_rng_state()
         self.optimizer.zero_grad()
@@ -151,11 +148,13 @@ class Trained:
         self.optimizer.step()
         return terms
 
-    def _updated(self, graph: Graph, batch: Batch) -> Step | None:
-        """The step in the graph, if there is one, and if all is finite."""
+    def _updated(self, batch: Batch) -> Step | None:
+        """The step in the graph, if there is one that updates the parameters too, and if all is finite."""
+        if self.graph is None or self.graph.update is None:
+            return None
         if self.steps % KEPT_EVERY == 0:
             self._keep()
-        step = graph(batch)
+        step = self.graph(batch)
         if step is not None:
             if self.steps % KEPT_EVERY == 0:
                 self._make_good()
@@ -189,7 +188,7 @@ class Trained:
         That moves random numbers, which a run that goes on must find where they were.
         """
         batch = next(batches.ordered())
-        if self.graph is not None and self.updates:
+        if self.graph is not None and self.graph.update is not None:
             self.graph.is_first(batch)
         with pyro.validation_enabled(False):  # what it finds is said in the first step
             self._backward(batch)
@@ -198,7 +197,7 @@ class Trained:
 
     def _backward(self, batch: Batch) -> tuple[float, float]:
         """Adds the gradient of the loss per datum to the parameters; the loss, and the bound."""
-        step = self.graph(batch) if self.graph is not None and not self.updates else None
+        step = self.graph(batch) if self.graph is not None and self.graph.update is None else None
         # What several processes have added up has another norm than each share.
         self.norm = None if step is None or processes.world_size() > 1 else step.norm
         return self._backward_eagerly(batch) if step is None else self._take(step)
@@ -325,10 +324,6 @@ class Trained:
                             f"The loss is no longer finite in {where}: site '{name}' of the {program} has values or "
                             f"log-probabilities that are NaN or infinite. {_REMEDY}"
                         )
-
-
-def _is_plain(parameter: Tensor) -> bool:
-    return parameter.device.type == "cpu" and parameter.is_floating_point()
 
 
 def _said(error: ValueError) -> str:
