@@ -339,9 +339,10 @@ def test_what_was_verified_is_recorded_once_and_what_looks_like_it_is_not_truste
     def function(x: Tensor) -> tuple[Tensor, ...]:
         return (x * weight * torch.tensor(number),)
 
-    def count() -> int:
+    def count(function: Callable[..., Any] = function) -> int:
         recordings.clear()
-        assert Compiled(function, what="it")(x)[0].tolist() == (weight * number).tolist()  # type: ignore[index]
+        (found,) = Compiled(function, what="it", programs=[function])(x)  # type: ignore[misc]
+        assert found.tolist() == (weight * number).tolist()
         return len(recordings)
 
     assert [count(), count()] == [2, 1]
@@ -351,6 +352,11 @@ def test_what_was_verified_is_recorded_once_and_what_looks_like_it_is_not_truste
     assert [count(), count()] == [2, 1]
     with pytest.warns(UserWarning, match="numbers that are not torch's"):
         assert Compiled(lambda x: (x * weight * torch.tensor(random.random()),), what="it")(x) is None
+
+    def edited(x: Tensor) -> tuple[Tensor, ...]:
+        return (x * weight * torch.tensor(number if random.random() < 2 else 3.0),)  # the graph has remained
+
+    assert [count(edited), count(edited)] == [2, 1]
 
 
 def test_default_types_are_part_of_a_program(graphs_as_recorded: list[Any]) -> None:

@@ -35,9 +35,9 @@ TOLERANCE = 1e-3
 # else, so that a program that was edited is another one, whatever it is called.
 _PROGRAMS: OrderedDict[str, Callable[..., Outputs]] = OrderedDict()
 MOST_PROGRAMS = 64
-# What those that were verified reached by themselves when they were; single numbers as they are, which distributions
-# make anew in each run. Whoever reaches the same again has the graph that was looked into, and no random numbers.
-_VERIFIED: dict[str, list[ref[Tensor] | Tensor]] = {}
+# Of those that were verified, the code of what they ran, and what they reached by themselves; single numbers as they
+# are, which distributions make anew in each run. The same code of the same tensors need not be looked into again.
+_VERIFIED: dict[str, tuple[list[Any], list[ref[Tensor] | Tensor]]] = {}
 
 
 class Compiled:
@@ -58,6 +58,8 @@ class Compiled:
         verified: whether the same was recorded before of other tensors, so that a graph that is known can be trusted.
         state: gives the tensors that the function may write to. It must be their values that count, and not which
             tensors they are.
+        programs: that the function runs, where a later call is to trust what was verified of the same code. An edited
+            program is other code.
 
     Attributes:
         cause: why it is not compiled, or None.
@@ -79,8 +81,10 @@ class Compiled:
         what: str,
         verified: bool = False,
         state: Callable[[], Sequence[Tensor]] = tuple,
+        programs: Sequence[Any] = (),
     ) -> None:
         self.function, self.what, self.verified, self.state = function, what, verified, state
+        self.code = [_code(program) for program in programs]
         self.cause: str | None = None
         self._runs: dict[Any, Callable[..., Outputs]] = {}
         self._seen: Counter[Any] = Counter()
@@ -112,7 +116,7 @@ class Compiled:
             return False
         state = pyro.util.get_rng_state()  # of Python and NumPy too, of which the runs below may have taken some
         try:
-            self._runs[kind] = _run(self.function, inputs, self.state(), self.verified)
+            self._runs[kind] = _run(self.function, inputs, self.state(), self.verified, self.code)
         except NotCompiled as reason:
             self.give_up(str(reason))
             return False
@@ -122,12 +126,16 @@ class Compiled:
 
 
 def _run(
-    function: Callable[..., Outputs], inputs: tuple[Tensor, ...], state: Sequence[Tensor], verified: bool
+    function: Callable[..., Outputs],
+    inputs: tuple[Tensor, ...],
+    state: Sequence[Tensor],
+    verified: bool,
+    code: list[Any],
 ) -> Callable[..., Outputs]:
     """The function as a compiled graph with the tensors that it reaches by itself."""
     try:
         recording = recorded(function, inputs, state)
-        verified = _is_known(recording) or (verified and _key(recording) in _PROGRAMS)
+        verified = _is_known(recording, code) or (verified and _key(recording) in _PROGRAMS)
         if not verified:
             verify(function, inputs, recording, state)
     except NotCompiled:
@@ -144,17 +152,25 @@ def _run(
             "its graph gives other numbers than the program, as when random numbers are set back inside of it, or "
             "are a Bernoulli's in float64"
         )
-    _VERIFIED[_key(recording)] = [ref(tensor) if tensor.numel() > 1 else tensor for tensor in lifted]
+    _VERIFIED[_key(recording)] = code, [ref(tensor) if tensor.numel() > 1 else tensor for tensor in lifted]
     return run
 
 
-def _is_known(recording: Recording) -> bool:
-    """Whether this very graph of these very tensors was verified before, and is compiled."""
-    known = _VERIFIED.get(_key(recording)) if _key(recording) in _PROGRAMS else None
-    return known is not None and all(
+def _is_known(recording: Recording, code: list[Any]) -> bool:
+    """Whether this very graph, of this code and of these very tensors, was verified before, and is compiled."""
+    if not code or _key(recording) not in _PROGRAMS or _key(recording) not in _VERIFIED:
+        return False
+    known, reached = _VERIFIED[_key(recording)]
+    return known == code and all(
         torch.equal(one, tensor) if isinstance(one, Tensor) else one() is tensor
-        for one, tensor in zip(known, recording.lifted, strict=True)
+        for one, tensor in zip(reached, recording.lifted, strict=True)
     )
+
+
+def _code(program: Any) -> Any:
+    """What a program does, of a module or of a method too; something that equals nothing where that cannot be seen."""
+    program = getattr(program, "forward", program)
+    return getattr(getattr(program, "__func__", program), "__code__", object())
 
 
 def _found(run: Callable[..., Outputs], inputs: tuple[Tensor, ...], state: Sequence[Tensor]) -> Outputs:

@@ -31,7 +31,8 @@ class Graphs:
 
     def __init__(self, pair: Pair, proposal: Proposal, max_rows: int | None) -> None:
         self.pair, self.rows = pair, max_rows or ROWS
-        self.scoring = Compiled(self._log_weights, what="scoring")
+        self.programs = pair.model, pair.guide
+        self.scoring = Compiled(self._log_weights, what="scoring", programs=self.programs)
         self.drawing: dict[int, Compiled] = {}
         self.names: list[str] = []
         self.others: tuple[Any, ...] = ()
@@ -45,7 +46,8 @@ class Graphs:
         if self.scoring.cause is not None or any(graph.cause is not None for graph in self.drawing.values()):
             return None
         self.others = wide
-        graph = self.drawing.setdefault(num_samples, Compiled(partial(self._draw, num_samples), what="drawing"))
+        draw = Compiled(partial(self._draw, num_samples), what="drawing", programs=self.programs)
+        graph = self.drawing.setdefault(num_samples, draw)
         found = graph(*_tensors(wide))
         if found is None:
             return None
