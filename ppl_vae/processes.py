@@ -24,6 +24,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Were it first imported inside a group, as torch's compiler and optimisers do, its functions would keep the group as
+# their default: the group's threads would outlive `destroy_process_group`, and may abort the process as it ends.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 Value = TypeVar("Value")

@@ -303,6 +303,29 @@ def test_the_readme_line_of_torchrun_trains(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
 
 
+def test_nothing_keeps_the_group_that_was_left() -> None:
+    """Else its threads go on while the interpreter ends, and may abort a process that has done all it should."""
+    program = """if True:
+        import weakref
+        import torch.distributed as dist
+        from ppl_vae import processes
+
+        with processes.joined():
+            group = weakref.ref(dist.group.WORLD)
+            import torch._dynamo
+        print(group() is None)
+    """
+    alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(TORCHELASTIC_RUN_ID="tests", **alone),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_commands_for_one_process_are_refused_to_many(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
