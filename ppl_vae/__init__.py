@@ -10,7 +10,7 @@ says what is believed, the right side does inference with whatever pair it is gi
     3  autoencoder  semi_supervised                              gaps  diagnostics
     4  storage
 
-       neither: isolation  precision  processes  data  files  plots  reporting
+       neither: isolation  precision  cross_entropy  processes  data  files  plots  reporting
        both: comparing  cli  and this file
 
 A room imports from rooms below it on its own side and from those of neither side.
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         comparing,
         compiling,
         conditional,
+        cross_entropy,
         data,
         diagnostics,
         distributions,
@@ -143,6 +144,7 @@ __all__ = [
     "comparing",
     "compiling",
     "conditional",
+    "cross_entropy",
     "data",
     "diagnose",
     "diagnostics",

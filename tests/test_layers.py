@@ -27,7 +27,7 @@ INFERENCE = [
     ["gaps", "diagnostics"],
     [],
 ]
-NEITHER = [["isolation", "precision", "processes", "data", "files", "plots"], ["reporting"]]
+NEITHER = [["isolation", "precision", "cross_entropy", "processes", "data", "files", "plots"], ["reporting"]]
 BOTH = [["comparing"], ["cli"], ["__init__"]]
 
 PLACE = {

@@ -6,6 +6,8 @@ while the tensor operations underneath are recorded, gradients among them, and w
 | file | holds |
 |---|---|
 | `recording` | a function as a graph, and what is refused because a graph would not do the same |
+| `rewriting` | operations in other words, of which the compiler makes more |
+| `ordering` | writes as early in the graph as they may be |
 | `compiled` | `Compiled`: graphs by shape, and the eager function where there is none |
 """
 

@@ -24,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ppl_vae.compiling.rewriting import rewrite
+
 Outputs = tuple[Tensor, ...]
 
 # Ways in which Python learns the value of a tensor; a graph would hold on to the value of one day.
@@ -118,7 +120,7 @@ def _record(function: Callable[..., Outputs], inputs: tuple[Tensor, ...], state:
     lifted = _lift(graph)
     _check_memory(state, (*inputs, *lifted))
     _own_outputs(graph, outputs[0])
-    _unfuse_biases(graph)
+    rewrite(graph)
     graph.recompile()
     return Recording(graph, inputs, lifted, outputs[0], written)
 
@@ -207,6 +209,7 @@ def _lift(graph: GraphModule) -> list[Tensor]:
         if id(tensor) not in places:
             with graph.graph.inserting_after(last):
                 last = places[id(tensor)] = graph.graph.placeholder(f"lifted_{len(lifted)}")
+            last.meta["val"] = tensor.detach().to("meta")  # what it is like, for the graph holds no tensors
             lifted.append(tensor)
         node.replace_all_uses_with(places[id(tensor)])
         graph.graph.erase_node(node)
@@ -253,24 +256,6 @@ def is_view(node: Any) -> bool:
     if node.target is operator.getitem:
         return is_view(node.args[0])
     return _is_operation(node) and any(result.alias_info is not None for result in node.target._schema.returns)
-
-
-def _unfuse_biases(graph: GraphModule) -> None:
-    """Adds biases after their product of matrices, where the compiler fuses that with what comes next.
-
-    On a processor the product with a bias is two runs over the output, of which this saves one. It is subtracted, for
-    a sum would be fused into the product again.
-    """
-    for node in graph.graph.find_nodes(op="call_function", target=_ATEN.addmm.default):
-        bias, a, b = node.args
-        if node.kwargs or node.meta["val"].device.type != "cpu":
-            continue
-        with graph.graph.inserting_before(node):
-            product = graph.graph.call_function(_ATEN.mm.default, (a, b))
-            minus = graph.graph.call_function(_ATEN.neg.default, (bias,))
-            total = graph.graph.call_function(_ATEN.sub.Tensor, (product, minus))
-        node.replace_all_uses_with(total)
-        graph.graph.erase_node(node)
 
 
 def _is_operation(node: Any) -> bool:

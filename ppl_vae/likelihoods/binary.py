@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
+from ppl_vae.cross_entropy import log_prob_of_bits
 from ppl_vae.likelihoods.contract import Likelihood, probability_of_levels
 from ppl_vae.likelihoods.families import Refusing
-
-FACTORS = 16  # of at most 2, so that their product is no larger than 2¹⁶
 
 
 class Bernoulli(Likelihood):
@@ -76,10 +75,8 @@ def _summed(logits: Tensor, x: Tensor, event_dim: int) -> Tensor:
 
 
 class _Score(torch.autograd.Function):
-    """Σ x η − log(1 + e^η) over the last dimension, by one exponential per number and one logarithm per `FACTORS`.
+    """`log_prob_of_bits`, with a gradient, x − sigmoid(η), that needs none of what it was computed by.
 
-    x η − log(1 + e^η) = (x − ½) η − ½ |η| − log(1 + e^(−|η|)), and of the factors 1 + e^(−|η|), which lie between 1
-    and 2, a few can be multiplied before the logarithm is taken. The gradient, x − sigmoid(η), needs none of them.
     (Without a rule for forward mode, because `torch.compile` stops at functions that have one.)
     """
 
@@ -87,13 +84,7 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def forward(logits: Tensor, x: Tensor) -> Tensor:
-        size = logits.abs()
-        linear = ((x - 0.5) * logits).sub_(size, alpha=0.5).sum(-1)
-        groups = logits.shape[-1] // FACTORS  # of a tensor's size, which torch.jit.trace knows no divmod of
-        decay = size.neg_().exp_()
-        together, alone = decay[..., : groups * FACTORS], decay[..., groups * FACTORS :]
-        product = (1 + together).unflatten(-1, (FACTORS, groups)).prod(-2)
-        return linear - product.log().sum(-1) - alone.log1p().sum(-1)
+        return log_prob_of_bits(logits, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
