@@ -15,6 +15,7 @@ from torch import Tensor
 from ppl_vae.evidence import WeightStream
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, looked_at, root_seed, start_from
 from ppl_vae.evidence.path import Path
+from ppl_vae.precision import Rounded
 from ppl_vae.proposals import Density, Guide
 from ppl_vae.proposals.families import DiagonalNormal, Family
 from ppl_vae.proposals.local import Local
@@ -31,7 +32,7 @@ NAMES = ("log_px", "elbo", "best_elbo", "kl", "approximation", "amortisation")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Gaps:
+class Gaps(Rounded):
     """log p(x) − ELBO, per datum, split in two. All in nats, float64, `(N,)`; nothing is clipped at 0.
 
     Attributes:
@@ -115,7 +116,7 @@ class Gaps:
 
     def warnings(self) -> list[str]:
         """In sentences, why these numbers should not be believed; empty when nothing speaks against them."""
-        found, num_data = [], len(self.elbo)
+        found, num_data = self._rounding(), len(self.elbo)
         if (lost := int((~self.converged).sum())) > 0.05 * num_data:
             found.append(
                 f"The best q of {lost} of {num_data} data was not found: its ELBO was still rising, or is below the "

@@ -1,9 +1,10 @@
-"""Products of float32 matrices by the faster of two libraries, where it is as exact as the other."""
+"""How many digits products of matrices have: all of float32, by the faster of two libraries; fewer where asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -21,6 +22,9 @@ def fast_and_exact() -> Iterator[None]:
     processor has such units is found out once, by a small product. Nothing changes where a GPU is in use, for which
     the same words mean less than float32, nor where the user has asked for something other than the default.
 
+    `torch.autocast` around it rounds products as ever, but it rounds weights anew each time: it would otherwise keep
+    what it has once rounded for as long as it lasts, and a training inside would see the weights of its first step.
+
     Example:
         >>> import torch
         >>> with fast_and_exact():
@@ -28,14 +32,64 @@ def fast_and_exact() -> Iterator[None]:
         >>> torch.get_float32_matmul_precision()
         'highest'
     """
-    if torch.cuda.is_initialized() or not _is_default() or not _is_exact():
+    with ExitStack() as stack:
+        stack.enter_context(_rounded_anew())
+        if not torch.cuda.is_initialized() and _is_default() and _is_exact():
+            stack.enter_context(_by_onednn())
         yield
-        return
+
+
+@contextmanager
+def _by_onednn() -> Iterator[None]:
     torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
+def _rounded_anew() -> Iterator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def rounded_to() -> str | None:
+    """What `torch.autocast` has products of matrices rounded to here; None where they are in full.
+
+    Example:
+        >>> import torch
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     rounded_to()
+        'bfloat16'
+    """
+    kinds = ["cuda"] * torch.cuda.is_initialized() + ["cpu"]
+    return next((str(torch.get_autocast_dtype(k))[6:] for k in kinds if torch.is_autocast_enabled(k)), None)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rounded:
+    """A result that knows how it was computed.
+
+    Attributes:
+        rounded_to: to what `torch.autocast` had products of matrices rounded, such as "bfloat16"; None for not at all.
+    """
+
+    rounded_to: str | None = field(default_factory=rounded_to, kw_only=True)
+
+    def _rounding(self) -> list[str]:
+        """The warning of it."""
+        if self.rounded_to is None:
+            return []
+        return [
+            f"Products of matrices were rounded to {self.rounded_to}, as torch.autocast asked: these numbers are off "
+            "by more than their errors say. Compute them outside of autocast."
+        ]
 
 
 def _is_default() -> bool:
@@ -49,10 +103,7 @@ def _is_default() -> bool:
 def _is_exact() -> bool:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(shape, generator=generator) for shape in ((64, 512), (512, 64)))
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with _by_onednn(), torch.autocast("cpu", enabled=False):
         product = a @ b
-    finally:
-        torch.set_float32_matmul_precision("highest")
     exact = a.double() @ b.double()
     return bool((product.double() - exact).norm() < LARGEST_ERROR * exact.norm())

@@ -46,6 +46,7 @@ def _switches() -> dict[str, object]:
         "handlers": len(pyro.poutine.runtime._PYRO_STACK),
         "threads": torch.get_num_threads(),
         "matrix products": torch.get_float32_matmul_precision(),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()),
     }
 
 

@@ -64,6 +64,12 @@ class Recording:
     written: list[Tensor]
 
     @property
+    def is_rounded(self) -> bool:
+        """Whether some of it is computed to fewer digits than float32 has, as under `torch.autocast`."""
+        values = tree_leaves([node.meta.get("val") for node in self.graph.graph.nodes])
+        return any(isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) for value in values)
+
+    @property
     def text(self) -> str:
         """Everything about the graph: two with the same text compute the same of the same tensors."""
         return f"{self.graph.code}\n{[_described(t) for t in (*self.inputs, *self.lifted)]}"

@@ -13,6 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ppl_vae.cross_entropy import log_prob_of_bits
 
 _ATEN = torch.ops.aten
+# What is computed to fewer would be rounded at other places.
+_ENOUGH_DIGITS = torch.float32, torch.float64
 
 
 def rewrite(graph: GraphModule) -> None:
@@ -39,7 +41,7 @@ def _sum_bits_together(graph: GraphModule) -> None:
             and user.target is _ATEN.sum.dim_IntList
             and user.args[1:] in [(dims,) for dims in last]
             and not user.kwargs
-            and dtype in (torch.float32, torch.float64)
+            and dtype in _ENOUGH_DIGITS
             and _is_on_processor(user)
         ):
             score = partial(_score, shape=shape, sign=sign)
@@ -78,7 +80,7 @@ def _unfuse_biases(graph: GraphModule) -> None:
     """
     for node in graph.graph.find_nodes(op="call_function", target=_ATEN.addmm.default):
         bias, a, b = node.args
-        if node.kwargs or not _is_on_processor(node):
+        if node.kwargs or not _is_on_processor(node) or node.meta["val"].dtype not in _ENOUGH_DIGITS:
             continue
         with graph.graph.inserting_before(node):
             product = graph.graph.call_function(_ATEN.mm.default, (a, b))

@@ -8,6 +8,8 @@ from math import log, nan, sqrt
 import torch
 from torch import Tensor
 
+from ppl_vae.precision import Rounded
+
 # Of the posterior mean over the data; a unit below it says nothing of x (Burda et al., 2016).
 ACTIVE = 0.01
 
@@ -15,7 +17,7 @@ NAMES = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Diagnostics:
+class Diagnostics(Rounded):
     """The two parts of the ELBO at weight 1, and how the latents are used. In nats, float64, `(N,)` unless said.
 
     Attributes:
@@ -112,7 +114,7 @@ class Diagnostics:
 
     def warnings(self) -> list[str]:
         """In sentences, what is wrong with the latents or with these numbers; empty when nothing is."""
-        found = []
+        found = self._rounding()
         if len(self.kl) > 1 and self.num_active == 0:
             found.append(
                 "No latent dimension is active: q(z given x) is the same for all data, and the decoder ignores z (a "

@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae import precision, scoring
+from ppl_vae import scoring
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, gathered, looked_at, root_seed, start_from
 from ppl_vae.evidence.graphs import PathGraphs
 from ppl_vae.evidence.path import Path, Schedule
@@ -138,7 +138,7 @@ def annealed_importance_sampling(
     work = Work(num_chains, num_temperatures, num_leapfrog, proposal, compile=compile)
     scoring.check_data(*args)
     root = root_seed(seed)
-    with looked_at(model, guide, *args) as pair, precision.fast_and_exact():
+    with looked_at(model, guide, *args) as pair:
 
         def compute(block: Block) -> Tensor:
             path, schedule = work.prepared(pair, block, root)

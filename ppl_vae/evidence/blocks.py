@@ -12,7 +12,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ppl_vae import isolation, processes, scoring
+from ppl_vae import isolation, precision, processes, scoring
 from ppl_vae.scoring import PROBE_DATA, Pair, Program
 
 
@@ -34,7 +34,7 @@ def looked_at(model: Program, guide: Program, *args: Any) -> Iterator[Pair]:
 def untouched(model: Program, guide: Program) -> Iterator[None]:
     """What running the programs does to modules, parameter store and random state is undone."""
     store = pyro.get_param_store()
-    with isolation.evaluation(model, guide, seed=0), store.scope(store.get_state()):
+    with isolation.evaluation(model, guide, seed=0), store.scope(store.get_state()), precision.fast_and_exact():
         yield
 
 

@@ -25,6 +25,7 @@ from ppl_vae.evidence.importance import importance_sampling
 from ppl_vae.evidence.modes import ModeCheck, mode_check
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.simulation import simulate
+from ppl_vae.precision import Rounded
 from ppl_vae.proposals import Guide, Proposal
 from ppl_vae.scoring import Program
 
@@ -68,7 +69,7 @@ MULTI_SAMPLE = Kind(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Bounds:
+class Bounds(Rounded):
     """Estimates of log p(x) from both sides, per datum, in nats, float64 `(N,)`.
 
     They are bounds in expectation: the means over the data bracket the mean log p(x) up to `mc_standard_error`, while
@@ -139,7 +140,7 @@ class Bounds:
 
     def warnings(self) -> list[str]:
         """In sentences, why these numbers should not be believed; empty when nothing speaks against them."""
-        found = []
+        found = self._rounding()
         possible = self.lower.isfinite() & self.upper.isfinite()
         if (impossible := int((~possible).sum())) > 0:
             found.append(f"{impossible} data got probability 0 in a run, so that the means are not finite.")

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppl_vae.precision import Rounded
 from ppl_vae.scoring import Pair, Values
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Exact:
+class Exact(Rounded):
     """log p(x) without sampling, per datum: what estimates are to be compared with. In nats, float64, `(N,)`.
 
     Attributes:
@@ -77,7 +78,7 @@ class Exact:
 
     def warnings(self) -> list[str]:
         """In sentences, which of these numbers should not be believed; empty when nothing speaks against them."""
-        found = []
+        found = self._rounding()
         if (refused := ~self.accepted).any():
             found.append(
                 f"log p(x) of {int(refused.sum())} of {len(refused)} data was not accepted, datum "

@@ -13,7 +13,7 @@ import pyro.infer.util
 import torch
 from torch import Tensor
 
-from ppl_vae import precision, scoring
+from ppl_vae import scoring
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, gathered, looked_at, root_seed, start_from
 from ppl_vae.evidence.graphs import Graphs
 from ppl_vae.evidence.record import Evidence
@@ -56,6 +56,9 @@ def importance_sampling(
     Of several processes (see `processes`) each scores a part of the data and gets all results, which do not depend on
     how many there are: to rounding, or to the last bit when `max_rows` is given, because otherwise timing decides how
     sums are cut.
+
+    Inside `torch.autocast` products of matrices are rounded as it says, and so is log p(x), by more than its standard
+    error knows of: `rounded_to` says so, and so does the summary.
 
     Args:
         model: p(x, z), a Pyro program whose sites all lie in one plate over the data: a module, a bound method or a
@@ -100,7 +103,7 @@ def importance_sampling(
     if not scoring.is_dataset(args):  # whose rows are checked as they are read
         scoring.check_data(*args)
     root = root_seed(seed)
-    with looked_at(model, guide, *args) as pair, precision.fast_and_exact():
+    with looked_at(model, guide, *args) as pair:
         graphs = Graphs(pair, proposal, max_rows) if compile else None
         columns = gathered(
             len(COLUMNS),

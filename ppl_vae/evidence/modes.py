@@ -11,12 +11,13 @@ from torch import Tensor
 from ppl_vae import scoring
 from ppl_vae.evidence.annealing import AnnealedEvidence, annealed_importance_sampling
 from ppl_vae.evidence.blocks import at_least_one, root_seed, seed_of
+from ppl_vae.precision import Rounded
 from ppl_vae.proposals import Guide, Prior
 from ppl_vae.scoring import Program
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ModeCheck:
+class ModeCheck(Rounded):
     """Chains from the guide and chains from the prior on the same data: do they find the same mass?
 
     Attributes:
@@ -58,7 +59,7 @@ class ModeCheck:
 
     def warnings(self) -> list[str]:
         """In sentences, what the guide's chains have missed, or why the check could not tell."""
-        found = []
+        found = self._rounding()
         if count := int(self.missed.sum()):
             most = (self.from_prior.log_px - self.from_guide.log_px)[self.missed].max().item()
             found.append(

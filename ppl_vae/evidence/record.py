@@ -8,10 +8,11 @@ from math import nan, sqrt
 from torch import Tensor
 
 from ppl_vae import pareto
+from ppl_vae.precision import Rounded
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Evidence:
+class Evidence(Rounded):
     """Estimates of log p(x), per datum, with what is needed to judge them. All in nats, float64, `(N,)`.
 
     Attributes:
@@ -98,7 +99,7 @@ class Evidence:
 
     def warnings(self) -> list[str]:
         """In sentences, why these numbers should not be believed; empty when nothing speaks against them."""
-        found = self._doubts()
+        found = [*self._rounding(), *self._doubts()]
         if (wide := (self.standard_error > 0.5).double().mean().item()) > 0.05:
             found.append(
                 f"The standard error exceeds 0.5 nats for {100 * wide:.0f} % of the data, beyond where it and the "

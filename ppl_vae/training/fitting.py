@@ -54,6 +54,9 @@ def fit(
     these have in common. For others, as `FreeBits` and Pyro's `RenyiELBO`, and for a `BatchNorm`, each share is a batch
     of its own; running statistics are those of the first process. It alone writes the checkpoint and shows the bar.
 
+    Inside `torch.autocast` products of matrices are rounded as it says, of weights that stay as they are and are
+    rounded anew in each step; the history says so, in `rounded_to`.
+
     Args:
         model: p(x, z): a module, a bound method or a function.
         guide: q(z given x), with the same arguments.
@@ -150,6 +153,7 @@ def fit(
         trained.set_progress(kept.epochs / epochs)
         kept.restore(run, batches)
         history, start = run.history, kept.epochs
+        history.rounded_to = precision.rounded_to() or history.rounded_to
         began, limit = time.perf_counter() - history.seconds, inf if time_limit is None else time_limit
         # Without a word here the environment's TQDM_DISABLE has the say.
         quiet = {} if progress and processes.is_first() else {"disable": True}

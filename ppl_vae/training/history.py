@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ppl_vae.precision import rounded_to
+
 
 @dataclass
 class History:
@@ -16,6 +18,7 @@ class History:
         seconds: spent, before and after the run was resumed.
         bound: mean lower bound of log p(x) in each epoch, which goes up: at weight 1 whatever an objective of
             `ppl_vae.objectives` does to the KL; minus the loss for one of Pyro's.
+        rounded_to: to what `torch.autocast` had products of matrices rounded, such as "bfloat16"; None for not at all.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -23,6 +26,7 @@ class History:
     stopped: str = "finished"
     seconds: float = 0.0
     bound: list[float] = field(default_factory=list)
+    rounded_to: str | None = field(default_factory=rounded_to)
 
     def add(self, loss: float, bound: float) -> None:
         """The means of one more epoch."""
@@ -37,4 +41,5 @@ class History:
             text += f", bound {self.bound[-1]:.3f}"
         if self.validation:
             text += f", validation {self.validation[-1]:.3f}"
-        return f"History({self.stopped} after {len(self.loss)} epochs, {self.seconds:.0f} s: {text} nats per datum)"
+        text += f" nats per datum{f', in {self.rounded_to}' if self.rounded_to else ''}"
+        return f"History({self.stopped} after {len(self.loss)} epochs, {self.seconds:.0f} s: {text})"
