@@ -99,7 +99,7 @@ class Compiled:
         kind = (*told, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
         if kind not in self._runs and not self._compile(kind, inputs):
             return None
-        with _as_recorded(inputs):
+        with torch.no_grad() if precision.rounded_to() is None else _as_recorded(inputs):
             return self._runs[kind](*inputs)
 
     def give_up(self, cause: str) -> None:
