@@ -95,11 +95,11 @@ class Compiled:
     def __call__(self, *inputs: Tensor) -> Outputs | None:
         if self.cause is not None:
             return None
-        told = torch.get_num_threads(), precision.rounded_to()
-        kind = (*told, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
+        rounded = precision.rounded_to()
+        kind = (torch.get_num_threads(), rounded, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
         if kind not in self._runs and not self._compile(kind, inputs):
             return None
-        with torch.no_grad() if precision.rounded_to() is None else _as_recorded(inputs):
+        with torch.no_grad() if rounded is None else _as_recorded(inputs):
             return self._runs[kind](*inputs)
 
     def give_up(self, cause: str) -> None:
