@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ppl_vae.precision import rounded_to
-
 
 @dataclass
 class History:
@@ -26,7 +24,7 @@ class History:
     stopped: str = "finished"
     seconds: float = 0.0
     bound: list[float] = field(default_factory=list)
-    rounded_to: str | None = field(default_factory=rounded_to)
+    rounded_to: str | None = None
 
     def add(self, loss: float, bound: float) -> None:
         """The means of one more epoch."""
