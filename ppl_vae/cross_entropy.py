@@ -1,4 +1,4 @@
-"""The log-probability of many bits at once, by a fraction of the logarithms."""
+"""The log-probability of many bits at once, minus their cross-entropy, by a fraction of the logarithms."""
 
 from __future__ import annotations
 

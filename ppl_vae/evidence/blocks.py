@@ -18,9 +18,12 @@ from ppl_vae.scoring import PROBE_DATA, Pair, Program
 
 @contextmanager
 def looked_at(model: Program, guide: Program, *args: Any) -> Iterator[Pair]:
-    """The pair, ready to be scored and `untouched` afterwards. Of a `Dataset` it looks at the first rows only."""
+    """The pair, ready to be scored by `precision.fast_and_exact` products, and `untouched` afterwards.
+
+    Of a `Dataset` it looks at the first rows only.
+    """
     whole = not scoring.is_dataset(args)
-    with untouched(model, guide), _in_words():
+    with untouched(model, guide), precision.fast_and_exact(), _in_words():
         pair = Pair(model, guide, *(args if whole else scoring.rows(args, slice(2 * PROBE_DATA))))
         if not (whole or pair.splits):
             raise ValueError(
@@ -34,7 +37,7 @@ def looked_at(model: Program, guide: Program, *args: Any) -> Iterator[Pair]:
 def untouched(model: Program, guide: Program) -> Iterator[None]:
     """What running the programs does to modules, parameter store and random state is undone."""
     store = pyro.get_param_store()
-    with isolation.evaluation(model, guide, seed=0), store.scope(store.get_state()), precision.fast_and_exact():
+    with isolation.evaluation(model, guide, seed=0), store.scope(store.get_state()):
         yield
 
 

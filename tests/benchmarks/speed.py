@@ -113,7 +113,7 @@ def table(costs: dict[str, dict[str, list[float]]]) -> Iterator[str]:
 
 
 def turned(names: list[str], by: int) -> list[str]:
-    """Each begins a round in its turn: the first after something else is the slower for it, by a twentieth."""
+    """Each begins a round in its turn, so that none is always the one that comes after other processes."""
     by %= len(names)
     return names[by:] + names[:by]
 
