@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ppl_vae as pv
 from ppl_vae.proposals import Defensive, FullCovarianceNormal, Local, StudentT, Widened
 
-NUM_DATA = 101
+NUM_DATA = 53
 
 
 @pytest.fixture(scope="module")
