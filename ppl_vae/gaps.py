@@ -229,6 +229,7 @@ def inference_gaps(
         is_bound=known is None or hasattr(log_px, "standard_error"),
         num_samples=num_samples,
         family=str(family),
+        rounded_to=pair.rounded_to,
     )
 
 

@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Sums of 512 products are off by about 3e-7 of their size in float32, by 3e-4 in TF32 and by 3e-3 in bfloat16.
 LARGEST_ERROR = 1e-5
+FEWER_DIGITS = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -59,17 +64,30 @@ def _rounded_anew() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-def rounded_to() -> str | None:
-    """What `torch.autocast` has products of matrices rounded to here; None where they are in full.
+class Digits(TorchDispatchMode):
+    """Sees whether operations inside round to fewer digits than float32 has, whoever asks for it.
+
+    Attributes:
+        rounded_to: to what the first such operation rounds, such as "bfloat16"; None for none.
 
     Example:
-        >>> import torch
-        >>> with torch.autocast("cpu", torch.bfloat16):
-        ...     rounded_to()
+        >>> weight = torch.ones(3, 2)
+        >>> with Digits() as digits, torch.autocast("cpu", torch.bfloat16):
+        ...     product = torch.ones(2, 3) @ weight
+        >>> digits.rounded_to
         'bfloat16'
     """
-    kinds = ["cuda"] * torch.cuda.is_initialized() + ["cpu"]
-    return next((str(torch.get_autocast_dtype(k))[6:] for k in kinds if torch.is_autocast_enabled(k)), None)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded_to: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if self.rounded_to is None and not func.is_view:  # data of fewer digits are as exact as they were given
+            fewer = (t.dtype for t in tree_leaves(found) if isinstance(t, Tensor) and t.dtype in FEWER_DIGITS)
+            self.rounded_to = next((str(dtype).removeprefix("torch.") for dtype in fewer), None)
+        return found
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,18 +95,19 @@ class Rounded:
     """A result that knows how it was computed.
 
     Attributes:
-        rounded_to: to what `torch.autocast` had products of matrices rounded, such as "bfloat16"; None for not at all.
+        rounded_to: to what the programs round, such as "bfloat16", inside of `torch.autocast` or by the type of their
+            weights; None for not at all.
     """
 
-    rounded_to: str | None = field(default_factory=rounded_to, kw_only=True)
+    rounded_to: str | None = field(default=None, kw_only=True)
 
     def _rounding(self) -> list[str]:
         """The warning of it."""
         if self.rounded_to is None:
             return []
         return [
-            f"Products of matrices were rounded to {self.rounded_to}, as torch.autocast asked: these numbers are off "
-            "by more than their errors say. Compute them outside of autocast."
+            f"Numbers inside of the programs were rounded to {self.rounded_to}, by torch.autocast or by the type of "
+            "their weights: these results are off by more than their errors say. Compute them in float32."
         ]
 
 

@@ -176,8 +176,60 @@ def test_every_result_says_that_it_is_rounded(name: str, x: Tensor) -> None:
         found = RESULTS[name](vae.model, vae.guide, x[:5])
     assert found.rounded_to == "bfloat16"
     (said,) = (warning for warning in found.warnings() if "autocast" in warning)
-    assert said.startswith("Products of matrices were rounded to bfloat16, as torch.autocast asked")
+    assert said.startswith("Numbers inside of the programs were rounded to bfloat16, by torch.autocast")
     assert said in str(found)
+
+
+class RoundsByItself(nn.Module):
+    """Linear, in autocast that it enters itself; what it gives has float32's type again."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with in_bfloat16():
+            return self.layer(x).float()
+
+
+def test_a_program_that_rounds_by_itself_says_so_too(x: Tensor) -> None:
+    vae = pv.VAE((7,), 2, encoder=nn.Linear(7, 4), decoder=RoundsByItself(nn.Linear(2, 7)))
+    for name, evaluate in RESULTS.items():
+        assert evaluate(vae.model, vae.guide, x[:5]).rounded_to == "bfloat16", name
+    assert pv.fit(vae.model, vae.guide, x, epochs=1, progress=False).rounded_to == "bfloat16"
+
+
+def test_weights_of_fewer_digits_are_seen_and_data_of_fewer_are_exact(x: Tensor) -> None:
+    class Half(nn.Module):
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.layer = layer.to(torch.float16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.half()).float()
+
+    of_weights = pv.VAE((7,), 2, encoder=Half(nn.Linear(7, 4)), decoder=nn.Linear(2, 7))
+    assert pv.importance_sampling(of_weights.model, of_weights.guide, x).rounded_to == "float16"
+
+    vae = small_vae()
+
+    def model(x: Tensor) -> Any:
+        return vae.model(x.flatten(1).float())
+
+    def guide(x: Tensor) -> Any:
+        return vae.guide(x.flatten(1).float())
+
+    assert pv.importance_sampling(model, guide, x.half()).rounded_to is None
+
+
+def test_nothing_is_said_to_be_rounded_that_is_not() -> None:
+    """Autocast leaves float64 alone."""
+    lg = pv.LinearGaussian(torch.tensor([[1.0], [2.0]]).double(), mean=0.0, noise=1.0)
+    data = lg.model(num_data=3)
+    with in_bfloat16():
+        found = pv.importance_sampling(lg.model, lg.guide, data)
+    assert found.rounded_to is None
+    assert (found.log_px - lg.log_px(data)).abs().max() < 1e-9
 
 
 def test_a_run_that_was_rounded_for_a_while_was_rounded(x: Tensor, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ppl_vae import precision
 from ppl_vae.compiling.ordering import WritesEarly
 from ppl_vae.compiling.recording import (
     NotCompiled,
@@ -95,7 +94,7 @@ class Compiled:
     def __call__(self, *inputs: Tensor) -> Outputs | None:
         if self.cause is not None:
             return None
-        rounded = precision.rounded_to()
+        rounded = _rounded_to(inputs[0].device.type)
         kind = (torch.get_num_threads(), rounded, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
         if kind not in self._runs and not self._compile(kind, inputs):
             return None
@@ -219,6 +218,11 @@ def _program(recording: Recording, state: Sequence[Tensor]) -> Callable[..., Out
             _VERIFIED.pop(oldest, None)
     _PROGRAMS.move_to_end(key)
     return _PROGRAMS[key]
+
+
+def _rounded_to(device: str) -> torch.dtype | None:
+    """What `torch.autocast` has products of matrices rounded to there."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 @contextmanager

@@ -84,6 +84,7 @@ def diagnose(model: Program, guide: Program, *args: Any, num_samples: int = 100,
         dimensions=found[0].dimensions,
         is_closed=all(block.is_closed for block in found),
         num_samples=num_samples,
+        rounded_to=pair.rounded_to,
     )
 
 

@@ -149,15 +149,15 @@ def annealed_importance_sampling(
             return torch.stack([*work.columns(log_w, first, block), acceptance, schedule.resolved.double()])
 
         *columns, acceptance, resolved = gathered(len(COLUMNS) + 2, args, work.blocks(pair, args), compute)
-        strategy = pair.strategy.__name__
     return AnnealedEvidence(
         **dict(zip(COLUMNS, columns, strict=True)),
         num_samples=work.num_chains,
         method=f"Annealed importance sampling from {proposal}, {work.temperatures}",
-        strategy=strategy,
+        strategy=pair.strategy.__name__,
         acceptance=acceptance,
         resolved=resolved.bool(),
         num_temperatures=work.num_temperatures,
+        rounded_to=pair.rounded_to,
     )
 
 

@@ -259,6 +259,7 @@ def sandwich(
         unchecked="",
         args=args,
         method=f"Annealing from {proposal} and back, {work.temperatures}, simulated data",
+        rounded_to=pair.rounded_to,
     )
 
 
@@ -350,4 +351,5 @@ def bounds(
         unchecked=unchecked,
         args=args,
         method=f"{found.method}, twice",
+        rounded_to=found.rounded_to,
     )

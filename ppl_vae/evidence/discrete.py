@@ -84,6 +84,7 @@ def enumeration(model: Program, guide: Program, *args: Any, num_draws: int = 0, 
         accepted=torch.ones(num_data, dtype=torch.bool, device=log_px.device),
         method=f"enumeration of {count} configurations",
         draws=joined(draws) if draws else {},
+        rounded_to=pair.rounded_to,
     )
 
 

@@ -113,6 +113,7 @@ def grid_integration(
         accepted=accepted,
         method=f"grid integration in {target.dim} dimension{'s' * (target.dim > 1)}",
         draws=joined(draws) if draws else {},
+        rounded_to=pair.rounded_to,
     )
 
 

@@ -113,12 +113,12 @@ def importance_sampling(
             blocks(pair, args, max(16, min(MOST_DATA, BLOCK_ROWS // num_samples)), dealt=True),
             lambda block: torch.stack(_block(pair, proposal, block, num_samples, root, pace, graphs)),
         )
-        strategy = pair.strategy.__name__
     return Evidence(
         **dict(zip(COLUMNS, columns, strict=True)),
         num_samples=num_samples,
         method=f"Importance sampling from {proposal}",
-        strategy=strategy,
+        strategy=pair.strategy.__name__,
+        rounded_to=pair.rounded_to,
     )
 
 

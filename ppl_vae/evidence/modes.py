@@ -135,4 +135,4 @@ def mode_check(
         )
         for proposal, temperatures in ((Guide(), max(1, num_temperatures // 4)), (Prior(), num_temperatures))
     )
-    return ModeCheck(index, guided, prior)
+    return ModeCheck(index, guided, prior, rounded_to=guided.rounded_to)

@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
-from ppl_vae import isolation
+from ppl_vae import isolation, precision
 from ppl_vae.scoring.data import check_data, rows
 from ppl_vae.scoring.inspection import check_site, check_vectorised, data_plates, is_delta, matching_latents, no_plate
 from ppl_vae.scoring.layout import Layout
@@ -79,6 +79,7 @@ class Pair:
             latent given another.
         splits: whether the data may be given in parts; not so for an autoguide, which has parameters for each datum.
         without_rsample: names of the guide's sites through whose draws no gradient flows.
+        rounded_to: to what its operations round, if to fewer digits than float32 has: see `precision.Digits`.
     """
 
     def __init__(self, model: Program, guide: Program, *args: Any) -> None:
@@ -95,11 +96,12 @@ class Pair:
         with isolation.evaluation(model, guide, seed=0), pyro.validation_enabled(True):
             for probe in [args] if whole else [rows(args, slice(PROBE_DATA)), args]:
                 try:
-                    self._inspect(probe)
+                    with precision.Digits() as digits:
+                        self._inspect(probe)
                 except (ValueError, RuntimeError) as error:
                     refusal = error
                     continue
-                self.splits = probe is not args
+                self.splits, self.rounded_to = probe is not args, digits.rounded_to
                 self._choose(probe)
                 return
         if whole:

@@ -153,7 +153,7 @@ def fit(
         trained.set_progress(kept.epochs / epochs)
         kept.restore(run, batches)
         history, start = run.history, kept.epochs
-        history.rounded_to = precision.rounded_to() or history.rounded_to
+        history.rounded_to = trained.rounded_to or history.rounded_to
         began, limit = time.perf_counter() - history.seconds, inf if time_limit is None else time_limit
         # Without a word here the environment's TQDM_DISABLE has the say.
         quiet = {} if progress and processes.is_first() else {"disable": True}

@@ -16,7 +16,8 @@ class History:
         seconds: spent, before and after the run was resumed.
         bound: mean lower bound of log p(x) in each epoch, which goes up: at weight 1 whatever an objective of
             `ppl_vae.objectives` does to the KL; minus the loss for one of Pyro's.
-        rounded_to: to what `torch.autocast` had products of matrices rounded, such as "bfloat16"; None for not at all.
+        rounded_to: to what the programs round, such as "bfloat16", inside of `torch.autocast` or by the type of their
+            weights; None for not at all.
     """
 
     loss: list[float] = field(default_factory=list)

@@ -16,7 +16,7 @@ from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ppl_vae import isolation, parameters, processes, scoring
+from ppl_vae import isolation, parameters, precision, processes, scoring
 from ppl_vae.batches import Batch, Batches
 from ppl_vae.objectives import Objective, Terms
 from ppl_vae.scoring import Program
@@ -48,7 +48,9 @@ class Trained:
         self.first = True
         batch = next(batches.ordered())
         _check_arguments(model, batch)
-        self.parameters, self.called, sites = parameters.find(model, guide, batch)
+        with precision.Digits() as digits:
+            self.parameters, self.called, sites = parameters.find(model, guide, batch)
+        self.rounded_to = digits.rounded_to
         self.stored = set(pyro.get_param_store().keys())
         sharing.synchronise(self.parameters | self.buffers() | self.frozen())
         self.optimizer = torch.optim.Adam(self.parameters.values(), learning_rate, eps=eps, fused=True)
