@@ -82,6 +82,10 @@ class Digits(TorchDispatchMode):
         super().__init__()
         self.rounded_to: str | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch would import its compiler, for over a second, to tell it not to look in here
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         if self.rounded_to is None and not func.is_view:  # data of fewer digits are as exact as they were given
