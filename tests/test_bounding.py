@@ -422,6 +422,24 @@ def test_sandwich_of_a_vae() -> None:
     assert (found.upper - exact.log_px).abs().max() < 0.2
 
 
+def test_chains_of_graphs_give_what_eager_chains_give(graphs_as_recorded: list[Any]) -> None:
+    """The reverse chain's graph is one for a single chain, beside the pilot's and that of the others."""
+    lg = pairs.linear_gaussian()
+    guide = lg.perturbed_guide()
+
+    def found(*, compile: bool) -> tuple[Tensor, ...]:
+        both = sandwich(lg.model, guide, num_data=13, num_chains=5, num_temperatures=4, compile=compile)
+        check = mode_check(lg.model, guide, both.args[0], num_data=3, num_chains=5, num_temperatures=8, compile=compile)
+        assert both.reverse is not None
+        return both.lower, both.upper, both.reverse, check.from_guide.log_px, check.from_prior.log_px
+
+    eager = found(compile=False)
+    assert not graphs_as_recorded
+    for one, other in zip(found(compile=True), eager, strict=True):
+        assert (one - other).abs().max() < 1e-9
+    assert len(graphs_as_recorded) == 3 + 2 + 2
+
+
 def two_modes(x: Tensor) -> None:
     """x tells how far z is from 0, not on which side."""
     with pyro.plate("data", len(x)):

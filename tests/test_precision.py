@@ -169,11 +169,11 @@ RESULTS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("name", RESULTS)
 def test_every_result_says_that_it_is_rounded(name: str, x: Tensor) -> None:
     vae = small_vae()
-    found = RESULTS[name](vae.model, vae.guide, x[:5])
+    found = RESULTS[name](vae.model, vae.guide, x[:3])
     assert found.rounded_to is None
     assert not any("autocast" in warning for warning in found.warnings())
     with in_bfloat16():
-        found = RESULTS[name](vae.model, vae.guide, x[:5])
+        found = RESULTS[name](vae.model, vae.guide, x[:3])
     assert found.rounded_to == "bfloat16"
     (said,) = (warning for warning in found.warnings() if "autocast" in warning)
     assert said.startswith("Numbers inside of the programs were rounded to bfloat16, by torch.autocast")
@@ -195,7 +195,7 @@ class RoundsByItself(nn.Module):
 def test_a_program_that_rounds_by_itself_says_so_too(x: Tensor) -> None:
     vae = pv.VAE((7,), 2, encoder=nn.Linear(7, 4), decoder=RoundsByItself(nn.Linear(2, 7)))
     for name, evaluate in RESULTS.items():
-        assert evaluate(vae.model, vae.guide, x[:5]).rounded_to == "bfloat16", name
+        assert evaluate(vae.model, vae.guide, x[:3]).rounded_to == "bfloat16", name
     assert pv.fit(vae.model, vae.guide, x, epochs=1, progress=False).rounded_to == "bfloat16"
 
 

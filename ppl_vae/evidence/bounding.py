@@ -181,6 +181,7 @@ def sandwich(
     num_leapfrog: int = 5,
     proposal: Proposal = Guide(),  # noqa: B008 - it holds nothing
     seed: int | None = 0,
+    compile: bool = False,
 ) -> Bounds:
     """Bounds log p(x) from both sides on data *simulated from the model* (Grosse et al., 2015).
 
@@ -203,6 +204,7 @@ def sandwich(
         num_leapfrog: L, gradients in a move.
         proposal: where forward chains start and the reverse chain ends.
         seed: of the data and the chains.
+        compile: as in `annealed_importance_sampling`.
 
     Returns:
         `Bounds`: lower, upper and reverse for each simulated datum.
@@ -224,7 +226,7 @@ def sandwich(
         >>> bool((found.upper - found.lower).mean().abs() < 0.1)
         True
     """
-    work = Work(num_chains, num_temperatures, num_leapfrog, proposal)
+    work = Work(num_chains, num_temperatures, num_leapfrog, proposal, compile=compile)
     if work.proposal.in_proportions:
         raise ValueError(
             "The chains of a defensive mixture start in fixed proportions from its parts, so that a reverse chain "

@@ -85,6 +85,7 @@ def mode_check(
     num_temperatures: int = 1000,
     num_leapfrog: int = 5,
     seed: int | None = 0,
+    compile: bool = False,
 ) -> ModeCheck:
     """Anneals some of the data from the guide and from the prior, to see whether the guide misses a mode.
 
@@ -100,6 +101,7 @@ def mode_check(
         num_temperatures: T, from the prior; from the guide a quarter.
         num_leapfrog: L.
         seed: of the draws.
+        compile: as in `annealed_importance_sampling`.
 
     Returns:
         A `ModeCheck`; its `missed` is true where the prior's chains found more.
@@ -132,6 +134,7 @@ def mode_check(
             num_leapfrog=num_leapfrog,
             proposal=proposal,
             seed=seed_of(root, temperatures),
+            compile=compile,
         )
         for proposal, temperatures in ((Guide(), max(1, num_temperatures // 4)), (Prior(), num_temperatures))
     )
