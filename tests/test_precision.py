@@ -161,7 +161,7 @@ RESULTS: dict[str, Callable[..., Any]] = {
     "modes": partial(pv.mode_check, num_data=3, num_chains=3, num_temperatures=5),
     "gaps": partial(pv.inference_gaps, num_steps=5, num_samples=11),
     "diagnosis": partial(pv.diagnose, num_samples=11),
-    "grid": pv.grid_integration,
+    "grid": lambda model, guide, x: pv.grid_integration(model, guide, x[:1]),
     "sandwich": lambda model, guide, x: pv.sandwich(model, guide, num_data=3, num_chains=3, num_temperatures=5),
 }
 
