@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 # Sums of 512 products are off by about 3e-7 of their size in float32, by 3e-4 in TF32 and by 3e-3 in bfloat16.
 LARGEST_ERROR = 1e-5
-FEWER_DIGITS = (torch.bfloat16, torch.float16)
+FEWER_DIGITS = torch.bfloat16, torch.float16
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from torch import Tensor
 
 import ppl_vae as pv
 from ppl_vae import coin
-from ppl_vae.evidence import annealed_importance_sampling, annealing, graphs, importance_sampling
+from ppl_vae.evidence import annealed_importance_sampling, annealing, importance_sampling
 from ppl_vae.evidence.annealing import Work
 from ppl_vae.evidence.blocks import Block, blocks, looked_at
+from ppl_vae.evidence.graphs import PathGraphs
 from ppl_vae.evidence.path import PILOT_CESS, Path, Schedule, State, _largest_step
 from ppl_vae.evidence.stream import COLUMNS
 from ppl_vae.proposals import Defensive, Guide, Prior, Proposal, StudentT, Widened
@@ -721,14 +722,14 @@ def test_graphs_of_several_blocks_give_what_an_eager_run_gives(
     assert (log_px(compile=True) - eager).abs().max() < 1e-9
     assert len(graphs_as_recorded) == 2
 
-    class OfTheFirst(graphs.PathGraphs):
+    class OfTheFirst(PathGraphs):
         """The mutant: every block is scored by the graph that holds the first block's data."""
 
         def of(self, at: Any, batch: int) -> Any:
             self.kept = getattr(self, "kept", None) or super().of(at, batch)
             return self.kept
 
-    monkeypatch.setattr(graphs, "PathGraphs", OfTheFirst)
+    monkeypatch.setattr(annealing, "PathGraphs", OfTheFirst)
     x = x[:21]
     wrong = log_px(compile=True)
     assert (wrong[:7] - eager[:7]).abs().max() < 1e-9

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ppl_vae import precision
 from ppl_vae.compiling.rewriting import rewrite
 
 Outputs = tuple[Tensor, ...]
@@ -67,7 +68,7 @@ class Recording:
     def is_rounded(self) -> bool:
         """Whether some of it is computed to fewer digits than float32 has, as under `torch.autocast`."""
         values = tree_leaves([node.meta.get("val") for node in self.graph.graph.nodes])
-        return any(isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) for value in values)
+        return any(isinstance(value, Tensor) and value.dtype in precision.FEWER_DIGITS for value in values)
 
     @property
     def text(self) -> str:

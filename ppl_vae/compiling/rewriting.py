@@ -11,14 +11,13 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ppl_vae.cross_entropy import log_prob_of_bits
+from ppl_vae.precision import FEWER_DIGITS
 
 _ATEN = torch.ops.aten
-# What is computed to fewer would be rounded at other places.
-_ENOUGH_DIGITS = torch.float32, torch.float64
 
 
 def rewrite(graph: GraphModule) -> None:
-    """Rewrites what runs on a processor."""
+    """Rewrites what runs on a processor, but nothing of fewer digits, which would be rounded at other places."""
     _sum_bits_together(graph)
     _unfuse_biases(graph)
 
@@ -41,7 +40,7 @@ def _sum_bits_together(graph: GraphModule) -> None:
             and user.target is _ATEN.sum.dim_IntList
             and user.args[1:] in [(dims,) for dims in last]
             and not user.kwargs
-            and dtype in _ENOUGH_DIGITS
+            and dtype not in FEWER_DIGITS
             and _is_on_processor(user)
         ):
             score = partial(_score, shape=shape, sign=sign)
@@ -80,7 +79,7 @@ def _unfuse_biases(graph: GraphModule) -> None:
     """
     for node in graph.graph.find_nodes(op="call_function", target=_ATEN.addmm.default):
         bias, a, b = node.args
-        if node.kwargs or not _is_on_processor(node) or node.meta["val"].dtype not in _ENOUGH_DIGITS:
+        if node.kwargs or not _is_on_processor(node) or node.meta["val"].dtype in FEWER_DIGITS:
             continue
         with graph.graph.inserting_before(node):
             product = graph.graph.call_function(_ATEN.mm.default, (a, b))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
@@ -12,14 +12,12 @@ from torch import Tensor
 
 from ppl_vae import scoring
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, gathered, looked_at, root_seed, start_from
+from ppl_vae.evidence.graphs import PathGraphs
 from ppl_vae.evidence.path import Path, Schedule
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import COLUMNS, WeightStream
 from ppl_vae.proposals import Guide, Proposal, checked
 from ppl_vae.scoring import PROBE_DATA, Pair, Program, Target
-
-if TYPE_CHECKING:
-    from ppl_vae.evidence.graphs import PathGraphs
 
 # Rows (chains × data) that move at once.
 BLOCK_ROWS = 1024
@@ -171,7 +169,7 @@ class Work:
         self.num_temperatures = at_least_one("num_temperatures", num_temperatures)
         self.num_leapfrog = at_least_one("num_leapfrog", num_leapfrog)
         self.proposal = checked(proposal)
-        self.graphs = _graphs() if compile else None
+        self.graphs = PathGraphs() if compile else None
         self.temperatures = f"{num_temperatures} temperature{'s' if num_temperatures > 1 else ''}"
 
     def blocks(self, pair: Pair, args: tuple[Any, ...]) -> Iterator[Block]:
@@ -201,9 +199,3 @@ class Work:
         stream.add(log_w)
         columns = dict(zip(COLUMNS, stream.evidence(), strict=True))
         return tuple((columns | {"elbo": first.mean(0)}).values())
-
-
-def _graphs() -> PathGraphs:
-    from ppl_vae.evidence.graphs import PathGraphs  # here: PyTorch's compiler takes a second to import
-
-    return PathGraphs()

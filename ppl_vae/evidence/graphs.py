@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppl_vae.compiling import Compiled, Outputs
 from ppl_vae.proposals import Guide, Proposal
 from ppl_vae.scoring import Pair, Values
+
+if TYPE_CHECKING:
+    from ppl_vae.compiling import Compiled, Outputs
 
 # Samples × data that a graph scores in one run: what a decoder makes of so many fits a processor's cache.
 ROWS = 512
@@ -32,7 +34,7 @@ class Graphs:
     def __init__(self, pair: Pair, proposal: Proposal, max_rows: int | None) -> None:
         self.pair, self.rows = pair, max_rows or ROWS
         self.programs = pair.model, pair.guide
-        self.scoring = Compiled(self._log_weights, what="scoring", programs=self.programs)
+        self.scoring = _compiled(self._log_weights, what="scoring", programs=self.programs)
         self.drawing: dict[int, Compiled] = {}
         self.names: list[str] = []
         self.others: tuple[Any, ...] = ()
@@ -46,7 +48,7 @@ class Graphs:
         if self.scoring.cause is not None or any(graph.cause is not None for graph in self.drawing.values()):
             return None
         self.others = wide
-        draw = Compiled(partial(self._draw, num_samples), what="drawing", programs=self.programs)
+        draw = _compiled(partial(self._draw, num_samples), what="drawing", programs=self.programs)
         graph = self.drawing.setdefault(num_samples, draw)
         found = graph(*_tensors(wide))
         if found is None:
@@ -109,7 +111,7 @@ class PathGraphs:
             if self.stopped:
                 return None
             if len(u) not in graphs:
-                graphs[len(u)] = Compiled(at, what="annealing", verified=len(u) in self.verified)
+                graphs[len(u)] = _compiled(at, what="annealing", verified=len(u) in self.verified)
             graph = graphs[len(u)]
             found = graph(u)
             self.verified.add(len(u))
@@ -117,6 +119,12 @@ class PathGraphs:
             return found
 
         return run
+
+
+def _compiled(function: Callable[..., Outputs], **options: Any) -> Compiled:
+    from ppl_vae.compiling import Compiled  # here: PyTorch's compiler takes a second to import
+
+    return Compiled(function, **options)
 
 
 class _Still(Messenger):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyro
@@ -15,13 +15,11 @@ from torch import Tensor
 
 from ppl_vae import scoring
 from ppl_vae.evidence.blocks import Block, at_least_one, blocks, gathered, looked_at, root_seed, start_from
+from ppl_vae.evidence.graphs import Graphs
 from ppl_vae.evidence.record import Evidence
 from ppl_vae.evidence.stream import COLUMNS, WeightStream
 from ppl_vae.proposals import Guide, Proposal, checked
 from ppl_vae.scoring import Pair, Program, Target, Values
-
-if TYPE_CHECKING:
-    from ppl_vae.evidence.graphs import Graphs
 
 # Random numbers are drawn for a block of data and samples at a time. The blocks' sizes depend on nothing but
 # `num_samples`, so that a seed gives the same draws however the scoring of them is cut up. A block that lacks data
@@ -106,7 +104,7 @@ def importance_sampling(
         scoring.check_data(*args)
     root = root_seed(seed)
     with looked_at(model, guide, *args) as pair:
-        graphs = _graphs(pair, proposal, max_rows) if compile else None
+        graphs = Graphs(pair, proposal, max_rows) if compile else None
         columns = gathered(
             len(COLUMNS),
             args,
@@ -120,12 +118,6 @@ def importance_sampling(
         strategy=pair.strategy.__name__,
         rounded_to=pair.rounded_to,
     )
-
-
-def _graphs(pair: Pair, proposal: Proposal, max_rows: int | None) -> Graphs:
-    from ppl_vae.evidence.graphs import Graphs  # here: PyTorch's compiler takes a second to import
-
-    return Graphs(pair, proposal, max_rows)
 
 
 def _block(

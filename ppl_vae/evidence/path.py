@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from math import log
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pyro
 import pyro.infer.util
 import torch
 from torch import Tensor
 
+from ppl_vae.evidence.graphs import PathGraphs
 from ppl_vae.proposals import Density
 from ppl_vae.scoring import Target
-
-if TYPE_CHECKING:
-    from ppl_vae.evidence.graphs import PathGraphs
 
 # Of the pilot run: how many chains, what share of its effective sample size a step keeps, what share of the moves is to
 # be accepted, how fast step sizes follow, and how many moves find the first of them.
