@@ -21,6 +21,7 @@ from ppl_vae.evidence import (
     Evidence,
     ModeCheck,
     annealed_importance_sampling,
+    both_sides,
     bounding,
     bounds,
     importance_sampling,
@@ -265,7 +266,7 @@ def test_an_estimated_cubo_is_no_upper_bound() -> None:
     assert plug_in.mean() < exact_cubo - 4.5 * plug_in.std() / sqrt(len(x))
     assert (plug_in < lg.log_px(x)).double().mean() > 0.25
     found = bounds(lg.model, guide, x[:5], estimators=[importance_sampling], num_mode_checks=0)
-    assert found.kind["upper"] is bounding.TANGENT
+    assert found.kind["upper"] is both_sides.TANGENT
     assert not found.kind["upper"].in_probability
 
 
@@ -294,7 +295,7 @@ def test_each_name_is_tied_to_its_row_of_the_table(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bounding, "mode_check", partial(mode_check, num_chains=3, num_temperatures=4, num_leapfrog=1))
     lg = pairs.linear_gaussian()
     x, guide = pairs.simulated(lg, num_data=5), lg.perturbed_guide()
-    real = {"lower": bounding.MEAN_WEIGHT, "upper": bounding.TANGENT}
+    real = {"lower": both_sides.MEAN_WEIGHT, "upper": both_sides.TANGENT}
     for estimator in (importance_sampling, partial(annealed_importance_sampling, **FEW)):
         for num_mode_checks in (0, 2):
             found = bounds(lg.model, guide, x, estimators=[estimator], num_mode_checks=num_mode_checks)
@@ -303,9 +304,9 @@ def test_each_name_is_tied_to_its_row_of_the_table(monkeypatch: pytest.MonkeyPat
             assert found.standard_error.keys() == found.mean.keys() == found.mean_standard_error.keys() == real.keys()
     found = sandwich(lg.model, guide, num_data=5, **FEW)
     assert found.kind == {
-        "lower": bounding.MEAN_WEIGHT,
-        "upper": bounding.MULTI_SAMPLE,
-        "reverse": bounding.REVERSE,
+        "lower": both_sides.MEAN_WEIGHT,
+        "upper": both_sides.MULTI_SAMPLE,
+        "reverse": both_sides.REVERSE,
     }
     assert found.standard_error.keys() == found.kind.keys()
     assert [line.split()[0] for line in str(found).splitlines()[2:6]] == ["upper", "reverse", "lower", "width"]
@@ -559,14 +560,14 @@ def test_the_better_estimator_is_chosen_once_for_all_data() -> None:
 def test_kinds_say_what_each_number_is() -> None:
     """The table: which side, how strongly, on which data."""
     rows = {
-        bounding.MEAN_WEIGHT: ("lower", True, True, "any"),
-        bounding.TANGENT: ("upper", True, False, "any"),
-        bounding.REVERSE: ("upper", True, True, "simulated"),
-        bounding.MULTI_SAMPLE: ("upper", True, True, "simulated"),
+        both_sides.MEAN_WEIGHT: ("lower", True, True, "any"),
+        both_sides.TANGENT: ("upper", True, False, "any"),
+        both_sides.REVERSE: ("upper", True, True, "simulated"),
+        both_sides.MULTI_SAMPLE: ("upper", True, True, "simulated"),
     }
     for kind, row in rows.items():
         assert (kind.side, kind.in_expectation, kind.in_probability, kind.data) == row
-    assert str(bounding.TANGENT) == "upper bound in expectation: tangent of the logarithm, any data"
+    assert str(both_sides.TANGENT) == "upper bound in expectation: tangent of the logarithm, any data"
 
 
 def test_summaries(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from ppl_vae.cli import pictures, runs
 from ppl_vae.diagnostics import Diagnostics
 from ppl_vae.evidence import AnnealedEvidence, Bounds, Evidence, Exact, Kind
 from ppl_vae.evidence.blocks import at_least_one
-from ppl_vae.evidence.bounding import MEAN_WEIGHT
+from ppl_vae.evidence.both_sides import MEAN_WEIGHT
 
 if TYPE_CHECKING:
     from ppl_vae.cli.pictures import Picture

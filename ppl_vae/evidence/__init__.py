@@ -1,7 +1,8 @@
 """log p(x) of any pair, per datum and with its own error: estimates, bounds from both sides, exact references."""
 
 from ppl_vae.evidence.annealing import AnnealedEvidence, annealed_importance_sampling
-from ppl_vae.evidence.bounding import Bounds, Kind, bounds, sandwich
+from ppl_vae.evidence.both_sides import Bounds, Kind
+from ppl_vae.evidence.bounding import bounds, sandwich
 from ppl_vae.evidence.discrete import enumeration
 from ppl_vae.evidence.exact import Exact
 from ppl_vae.evidence.grid import grid_integration
